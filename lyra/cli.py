@@ -1,0 +1,202 @@
+"""The command line: `python -m lyra generate | reconstruct | export | doctor`.
+
+Parses, prints progress and turns a user's mistakes into one line and an exit code; all work is the pipeline's.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from lyra.config import GenerateJob
+from lyra.errors import UserError
+from lyra.progress import Cancelled, Progress, Status
+
+USER_ERROR_CODE = 2
+CANCELLED_CODE = 130
+
+
+@dataclass(frozen=True)
+class JobOptions(GenerateJob):
+    """A job whose photo is given by position."""
+
+    photo: tyro.conf.Positional[str] = ""
+    """Path of the photo; may be left out with --job or --resume."""
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Make a walkthrough video from a photo, in a world folder."""
+
+    options: Annotated[JobOptions, tyro.conf.arg(name="")]
+    out: Path
+    """World folder; finished chunks in it are used again."""
+    job: Path | None = None
+    """A job JSON or run.json whose settings are used where the command line gives none."""
+    resume: bool = False
+    """Go on with the job of the folder's run.json."""
+    device: str | None = None
+    """cpu or cuda; by default cuda where there is one."""
+
+    def run(self) -> None:
+        """Generate."""
+        from lyra.pipeline import LyraPipeline
+
+        job = GenerateJob(**{field.name: getattr(self.options, field.name) for field in fields(GenerateJob)})
+        if not job.photo:
+            raise UserError("No photo is given; write its path after `generate`, or use --job FILE or --resume.")
+        pipeline = LyraPipeline.from_pretrained(job.model, device=self.device)
+        world = pipeline.generate(job, self.out, Progress(listener=print_status))
+        note = world.run.get("path_note")
+        finish_line(f"{world.video_path} is finished." + (f" {note}" if note else ""))
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Lift a world's walkthrough to Gaussian splats (scene.ply)."""
+
+    world: tyro.conf.Positional[Path]
+    device: str | None = None
+    """cpu or cuda; by default cuda where there is one."""
+
+    def run(self) -> None:
+        """Reconstruct."""
+        from lyra.hub import DEFAULT_MODEL
+        from lyra.pipeline import LyraPipeline
+        from lyra.world import World
+
+        world = World.open(self.world)
+        model = world.run.get("job", {}).get("model", DEFAULT_MODEL)
+        scene = LyraPipeline.from_pretrained(model, device=self.device).reconstruct(
+            world, Progress(listener=print_status)
+        )
+        finish_line(f"{world.scene_path} has {len(scene):,} splats.")
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a world's splats in other formats into its exports folder."""
+
+    world: tyro.conf.Positional[Path]
+    formats: tuple[Literal["ply"], ...] = ("ply",)
+    """ply: INRIA layout, read by splat viewers and editors."""
+
+    def run(self) -> None:
+        """Export."""
+        from lyra.generation.chunk_store import writing_to
+        from lyra.world import World
+
+        world = World.open(self.world)
+        if not world.scene_path.exists():
+            raise UserError(f"{self.world} has no splats yet; run `python -m lyra reconstruct {self.world}` first.")
+        folder = world.folder / "exports"
+        with writing_to(folder):
+            folder.mkdir(exist_ok=True)
+            for name in self.formats:
+                target = folder / f"scene.{name}"
+                shutil.copyfile(world.scene_path, target)
+                finish_line(f"{target} is {target.stat().st_size / 1e6:.1f} MB.")
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Say what this machine can run, which models are there and what licence they have."""
+
+    def run(self) -> None:
+        """Print the report."""
+        from lyra.doctor import report
+
+        print(report())
+
+
+Command = Generate | Reconstruct | Export | Doctor
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    quiet_libraries()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        command = parse(arguments)
+        command.run()
+    except UserError as error:
+        finish_line(f"lyra: {error}", sys.stderr)
+        return USER_ERROR_CODE
+    except (Cancelled, KeyboardInterrupt):
+        finish_line("lyra: stopped; finished chunks are kept, run the same command to go on.", sys.stderr)
+        return CANCELLED_CODE
+    return 0
+
+
+def parse(arguments: list[str]) -> Command:
+    """The command of some arguments; --job and --resume set the defaults of the options.
+
+    Raises:
+        UserError: the job file cannot be used, or an option's value is out of range.
+    """
+    defaults = saved_job(arguments)
+    annotated = tyro.extras.subcommand_type_from_defaults(
+        {"generate": Generate(options=defaults, out=tyro.MISSING)}, prefix_names=False
+    )
+    commands = Annotated[annotated, tyro.conf.OmitSubcommandPrefixes] | Reconstruct | Export | Doctor
+    return tyro.cli(commands, args=arguments, prog="lyra", config=(tyro.conf.OmitArgPrefixes,))
+
+
+def saved_job(arguments: list[str]) -> JobOptions:
+    """The job that --job or --resume names, before the other options are applied."""
+
+    def value_of(option: str) -> str | None:
+        for index, argument in enumerate(arguments):
+            if argument == option and index + 1 < len(arguments):
+                return arguments[index + 1]
+            if argument.startswith(option + "="):
+                return argument.split("=", 1)[1]
+        return None
+
+    path = value_of("--job")
+    out = value_of("--out")
+    if path is None and "--resume" in arguments and out is not None:
+        path = str(Path(out) / "run.json")
+        if not Path(path).exists():
+            raise UserError(f"{out} has no run.json to resume; give the photo instead of --resume.")
+    if path is None:
+        return JobOptions()
+    job = GenerateJob.load(Path(path))
+    return JobOptions(**job.to_json())
+
+
+def print_status(status: Status) -> None:
+    """One line on standard error, written over the last one."""
+    chunk = f"chunk {status.chunk + 1}/{status.chunks}  " if status.chunks > 1 else ""
+    text = f"{chunk}{status.stage}  {status.step}/{status.steps}  {status.elapsed_seconds:.0f} s"
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    elif status.step in (0, status.steps):
+        print(text, file=sys.stderr, flush=True)
+
+
+def finish_line(text: str, stream: object = None) -> None:
+    """Print a final line below the progress line."""
+    if sys.stderr.isatty():
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    print(text, file=stream or sys.stdout)  # type: ignore[arg-type]
+
+
+def quiet_libraries() -> None:
+    """Keep progress bars and notices of model libraries out of the output."""
+    import os
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

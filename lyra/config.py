@@ -1,0 +1,156 @@
+"""Settings of a job and of a model family, as frozen dataclasses that read and write JSON.
+
+Every option of the command line is a field of `GenerateJob`, so a saved job repeats a run. Knows no stage: the stages
+read these values and decide nothing by a model's name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lyra.errors import UserError
+
+CHUNK_FRAMES = 80
+"""New frames of one autoregressive step (paper section 4; 20 latents of 4 frames)."""
+
+MAX_CHUNKS = 6
+"""Longest walkthrough that the app offers, in chunks."""
+
+
+@dataclass(frozen=True)
+class GenerateJob:
+    """One walkthrough: everything that decides its bytes, apart from the weights and the device."""
+
+    photo: str
+    """Path of the photo."""
+    preset: str = "push-in"
+    """Camera preset; ignored when `trajectory` is given."""
+    trajectory: str | None = None
+    """Path of a trajectory.npz (w2c, intrinsics, image_height, image_width) instead of a preset."""
+    strength: float = 1.0
+    """Scale of the preset's motion; 1 is a comfortable move."""
+    chunks: int = 1
+    """Number of 80-frame chunks, 1 to 6."""
+    sampler: Literal["dmd", "full"] = "dmd"
+    """`dmd`: 4 distilled steps without guidance; `full`: UniPC with guidance."""
+    steps: int = 35
+    """Denoising steps of the full sampler."""
+    guidance_scale: float = 5.0
+    """Classifier-free guidance of the full sampler."""
+    memory: Literal["lyra", "none"] = "lyra"
+    """`lyra`: retrieve remembered frames by coverage; `none`: only the temporal history."""
+    model: str = "lyra-tiny"
+    """A model name or a folder of weights."""
+    prompt: str = ""
+    """What the walkthrough shows."""
+    captions: str | None = None
+    """Path of a captions.json, {"0": ..., "81": ...}, one caption from each frame on."""
+    seed: int = 0
+    """Noise seed; chunk k uses seed + k."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.chunks <= MAX_CHUNKS:
+            raise UserError(f"--chunks is {self.chunks}; choose a whole number from 1 to {MAX_CHUNKS}.")
+        if not 1 <= self.steps <= 1000:
+            raise UserError(f"--steps is {self.steps}; choose a whole number from 1 to 1000.")
+        if not 0.0 <= self.strength <= 3.0:
+            raise UserError(f"--strength is {self.strength}; choose a number from 0 to 3.")
+        if self.sampler not in ("dmd", "full"):
+            raise UserError(f"--sampler is '{self.sampler}'; choose dmd (4 steps) or full (35 steps).")
+        if self.memory not in ("lyra", "none"):
+            raise UserError(f"--memory is '{self.memory}'; choose lyra or none.")
+
+    @property
+    def frames(self) -> int:
+        """Frames of the finished video: the photo and 80 per chunk."""
+        return 1 + CHUNK_FRAMES * self.chunks
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, ready for json.dump."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> GenerateJob:
+        """A job from `to_json`'s values.
+
+        Raises:
+            UserError: a field is unknown or the photo is missing.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise UserError(f"The job has unknown fields ({', '.join(unknown)}); remove them or update this program.")
+        if "photo" not in values:
+            raise UserError("The job names no photo; add a field 'photo' with the path of an image.")
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: Path) -> GenerateJob:
+        """A job from a JSON file, or from the `job` entry of a run.json.
+
+        Raises:
+            UserError: the file cannot be read or is not a job.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise UserError(
+                f"The job file {path} cannot be read as JSON ({error}); check its path and content."
+            ) from error
+        if isinstance(values, dict) and isinstance(values.get("job"), dict):
+            values = values["job"]
+        if not isinstance(values, dict):
+            raise UserError(f"The job file {path} holds no JSON object; save one from a run.json or with to_json().")
+        return cls.from_json(values)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What a model family asks of the loop; stored as `lyra.json` beside its weights."""
+
+    name: str
+    """Shown to users."""
+    licence: str
+    """Licence of the weights, as a short name."""
+    generation_height: int | None
+    """Height in pixels at which the network works for a landscape photo; None means the output's own."""
+    generation_width: int | None
+    keep_seen_pixels: bool
+    """Pixels that the memory sees are warped at output resolution and kept; the network fills the rest."""
+    fill_holes: bool
+    """Holes of the appearance warp are filled from their surroundings before encoding (released: left black)."""
+    visibility_mask: bool
+    """The mask channels say which target pixels the warp covers (released: ones everywhere)."""
+    few_step_note: str
+    """How the 4-step sampler's weights were distilled, for the label of the toggle."""
+    flow_shift: float = 5.0
+    """Time shift of the sampling schedule (released: 5)."""
+    guidance_scale: float = 5.0
+    """Default guidance of the full sampler."""
+    spatial_memory_stride: int = 8
+    """Every n-th frame enters the memory (released: 8)."""
+    warp_group: int = 16
+    """Targets warped together; the depth weights share a maximum within a group (released: 16)."""
+    depth_interval: int = 8
+    """Depth of new frames is measured at every n-th, counted back from the last (released: 8)."""
+    depth_frames: int = 10
+    """At most so many frames are measured after a chunk (released: 10)."""
+
+    @classmethod
+    def load(cls, folder: Path) -> ModelSettings:
+        """Settings of the weights in a folder.
+
+        Raises:
+            UserError: the folder holds no readable lyra.json.
+        """
+        path = folder / "lyra.json"
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, json.JSONDecodeError, TypeError) as error:
+            raise UserError(
+                f"{folder} holds no readable lyra.json ({error}); point --model at a folder of weights."
+            ) from error

@@ -1,0 +1,1 @@
+"""The autoregressive walkthrough loop and what it leaves on disk."""

@@ -1,0 +1,1 @@
+"""Cameras, projection, warps and rotations; depends on nothing else in the project."""

@@ -1,0 +1,1 @@
+"""Networks and the names of their weights."""

@@ -1,0 +1,1 @@
+"""From a walkthrough to Gaussians."""

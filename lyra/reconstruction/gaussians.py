@@ -1,0 +1,164 @@
+"""Lifts a walkthrough to Gaussians: one for each 2x2 pixels of selected frames, from their depth and cameras.
+
+A geometric lift without a network: a pixel block becomes a disc on the surface that its depth describes, as large as
+its footprint. What an earlier frame already shows is left out, so overlapping frames leave no duplicates. The order of
+frames is that of trust: the photo first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from lyra.geometry.cameras import unproject
+from lyra.geometry.resample import Surface, draw_surface, make_surface
+from lyra.geometry.rotations import matrix_to_quaternion
+from lyra.types import Cameras, GaussianScene
+
+BLOCK = 2
+"""Pixels a side that one Gaussian stands for (released code: Gaussians at half size)."""
+SAME_SURFACE = 0.12
+"""A pixel within this share of an earlier frame's depth shows the same surface."""
+OPACITY = 0.95
+FOOTPRINT_SIGMA = 0.5
+"""Standard deviation of a Gaussian in units of the distance between neighbouring ones."""
+THINNESS = 0.15
+"""Thickness along the normal, as a share of the smaller tangential deviation."""
+SKY_DISTANCE = 6.0
+"""Sky is placed at this many times the 90 % quantile of the other depths."""
+SH_C0 = 0.28209479177387814
+"""Spherical harmonic of degree 0."""
+
+
+@dataclass(frozen=True)
+class LiftedFrame:
+    """A frame to lift."""
+
+    image: Float[Tensor, "3 h w"]
+    """In [-1, 1]."""
+    depth: Float[Tensor, "h w"]
+    """z depth at the image's size."""
+    w2c: Float[Tensor, "4 4"]
+    intrinsics: Float[Tensor, "3 3"]
+
+
+def lift(frames: Sequence[LiftedFrame], check: Callable[[int, int], None]) -> GaussianScene:
+    """One scene from frames, most trusted first; `check(done, all)` is called after each frame.
+
+    Raises:
+        ValueError: there are no frames.
+    """
+    if not frames:
+        raise ValueError("there are no frames to lift")
+    ground = torch.cat([f.depth[f.depth < 200].flatten()[::97] for f in frames])
+    sky_depth = SKY_DISTANCE * float(ground.quantile(0.9)) if len(ground) else 50.0
+    surfaces: list[Surface] = []
+    parts: list[GaussianScene] = []
+    for index, frame in enumerate(frames):
+        depth = frame.depth.clamp(max=sky_depth)
+        fresh = new_pixels(surfaces, depth, frame)
+        parts.append(lift_frame(frame, depth, fresh))
+        surfaces.append(make_surface(depth, frame.w2c, frame.intrinsics))
+        check(index + 1, len(frames))
+    return join_scenes(parts)
+
+
+def new_pixels(surfaces: Sequence[Surface], depth: Float[Tensor, "h w"], frame: LiftedFrame) -> Bool[Tensor, "h w"]:
+    """Pixels that no earlier surface already shows at this depth or in front of it."""
+    height, width = depth.shape
+    covered = torch.zeros(height, width, dtype=torch.bool)
+    for surface in surfaces:
+        view = draw_surface(surface, frame.w2c, frame.intrinsics, height, width)
+        covered |= view.depth < depth * (1 + SAME_SURFACE)
+    return ~covered
+
+
+def lift_frame(frame: LiftedFrame, depth: Float[Tensor, "h w"], fresh: Bool[Tensor, "h w"]) -> GaussianScene:
+    """Discs of the pixel blocks of which at least half is fresh."""
+    height, width = (size // BLOCK * BLOCK for size in depth.shape)
+    centre = depth[:height, :width]
+    block_depth = 1 / F.avg_pool2d(1 / centre[None, None].clamp(min=1e-6), BLOCK)[0, 0]
+    scale = torch.tensor([1 / BLOCK, 1 / BLOCK, 1.0])
+    intrinsics = frame.intrinsics * scale[:, None]
+    # The centre of a block of pixels 0 and 1 is at 0.5, which is 0 on the block's grid.
+    intrinsics[:2, 2] -= (BLOCK - 1) / (2 * BLOCK)
+    points = unproject(block_depth, frame.w2c, intrinsics)
+    colours = F.avg_pool2d(frame.image[None, :, :height, :width], BLOCK)[0]
+    keep = F.avg_pool2d(fresh[None, None, :height, :width].float(), BLOCK)[0, 0] >= 0.5
+    rotation, scales = footprints(points, block_depth, float(intrinsics[0, 0]))
+    count = int(keep.sum())
+    return GaussianScene(
+        means=points[keep],
+        quats=matrix_to_quaternion(rotation[keep]),
+        scales=scales[keep],
+        opacities=torch.full((count,), OPACITY),
+        sh=((colours.movedim(0, -1)[keep] * 0.5) / SH_C0)[:, None],
+    )
+
+
+def footprints(
+    points: Float[Tensor, "h w 3"], depth: Float[Tensor, "h w"], focal: float
+) -> tuple[Float[Tensor, "h w 3 3"], Float[Tensor, "h w 3"]]:
+    """Axes and deviations of the discs: along the image's rows, across them on the surface, and its normal.
+
+    Neighbour distances are bounded by a few times that of a surface facing the camera, so that blocks at a depth edge
+    do not stretch over it.
+    """
+    facing = (depth / focal)[..., None]
+    right = bounded(one_sided_gradient(points, 1), facing)
+    down = bounded(one_sided_gradient(points, 0), facing)
+    axis_u = F.normalize(right, dim=-1)
+    normal = F.normalize(torch.linalg.cross(right, down), dim=-1)
+    axis_v = torch.linalg.cross(normal, axis_u)
+    length_u = right.norm(dim=-1)
+    length_v = (down * axis_v).sum(-1).abs()
+    tangential = torch.stack([length_u, length_v], -1).clamp(min=facing * 0.5)
+    tangential = tangential * FOOTPRINT_SIGMA
+    thickness = tangential.amin(-1, keepdim=True) * THINNESS
+    return torch.stack([axis_u, axis_v, normal], dim=-1), torch.cat([tangential, thickness], dim=-1)
+
+
+def one_sided_gradient(points: Float[Tensor, "h w 3"], axis: int) -> Float[Tensor, "h w 3"]:
+    """The shorter of the differences to both neighbours along an axis, which does not cross a depth edge."""
+    forward = points.diff(dim=axis)
+    ahead = torch.cat([forward, forward.narrow(axis, forward.shape[axis] - 1, 1)], dim=axis)
+    behind = torch.cat([forward.narrow(axis, 0, 1), forward], dim=axis)
+    return torch.where(ahead.norm(dim=-1, keepdim=True) <= behind.norm(dim=-1, keepdim=True), ahead, behind)
+
+
+def bounded(gradient: Float[Tensor, "h w 3"], facing: Float[Tensor, "h w 1"]) -> Float[Tensor, "h w 3"]:
+    """Limit a neighbour distance to four times that of a surface facing the camera."""
+    length = gradient.norm(dim=-1, keepdim=True).clamp(min=1e-9)
+    return gradient * (4 * facing / length).clamp(max=1.0)
+
+
+def join_scenes(parts: Sequence[GaussianScene]) -> GaussianScene:
+    """All Gaussians of several scenes."""
+    return GaussianScene(
+        means=torch.cat([p.means for p in parts]),
+        quats=torch.cat([p.quats for p in parts]),
+        scales=torch.cat([p.scales for p in parts]),
+        opacities=torch.cat([p.opacities for p in parts]),
+        sh=torch.cat([p.sh for p in parts]),
+    )
+
+
+def lifted_frames(
+    images: dict[int, Float[Tensor, "3 h w"]], depths: dict[int, Float[Tensor, "h2 w2"]], cameras: Cameras
+) -> list[LiftedFrame]:
+    """Frames with both an image and depth, the photo first and then from the last back to the first.
+
+    The last frames are nearest to what they show, and what was generated is sharpest where it is nearest.
+    """
+    ids = [0, *sorted((i for i in images if i in depths and i > 0), reverse=True)]
+    frames = []
+    for i in ids:
+        height, width = images[i].shape[-2:]
+        inverse = F.interpolate(1 / depths[i][None, None].clamp(min=1e-6), (height, width), mode="bilinear")
+        frames.append(LiftedFrame(images[i], (1 / inverse)[0, 0], cameras.w2c[i], cameras.intrinsics[i]))
+    return frames

@@ -1,0 +1,244 @@
+"""What can a visitor ask for, and what does each request do: see a photo, plan a path, generate, lift?
+
+Joins the pipeline (loaded once, in the background), the job queue and the sessions' folders. Worlds are named by ids.
+Knows no user interface: the app's handlers and any other front end call these methods.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lyra.config import GenerateJob
+from lyra.errors import UserError
+from lyra.generation.chunk_store import writing_to
+from lyra.generation.walkthrough import to_uint8
+from lyra.hub import DEFAULT_MODEL
+from lyra.pipeline import LyraPipeline, PlannedPath, SeenPhoto
+from lyra.progress import Cancelled, Progress
+from lyra.serving.jobs import JobManager
+from lyra.serving.sessions import Sessions
+from lyra.serving.stages import PlannedStage
+from lyra.trajectory.files import read_trajectory, relative_to_first
+from lyra.trajectory.presets import preset_cameras
+from lyra.types import Cameras
+from lyra.world import World
+
+BEFORE_CHUNKS = ("Photo depth", "Remember the photo")
+OF_A_CHUNK = (
+    "Retrieve",
+    "Correspond",
+    "Denoise",
+    "Decode",
+    "Keep seen pixels",
+    "Measure depth",
+    "Remember",
+    "Write video",
+)
+OF_LIFTING = ("Read walkthrough", "Lift to splats", "Write splats")
+"""Stages as the pipeline enters them; a name that is missing here costs only the estimate of the time left."""
+
+_SEEN_KEPT = 8
+"""Photos whose depth stays in memory, at about 8 MB each."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A photo with its depth, and the world that belongs to it."""
+
+    world_id: str
+    photo: SeenPhoto
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A path as it was asked for, and as it will be walked."""
+
+    asked: Cameras
+    planned: PlannedPath
+    """Its report is about the path that was asked for."""
+
+
+class Studio:
+    """One pipeline and everybody's worlds.
+
+    Args:
+        load: makes the pipeline; called once, in the background.
+        sessions: where worlds are kept.
+        jobs: runs the long work.
+        model: name or folder of the model that `load` loads, as jobs record it.
+    """
+
+    def __init__(
+        self, load: Callable[[], LyraPipeline], sessions: Sessions, jobs: JobManager, model: str = DEFAULT_MODEL
+    ) -> None:
+        self.sessions, self.jobs, self.model = sessions, jobs, model
+        # The page answers while the weights load; whoever needs them waits in `pipeline`.
+        loader = ThreadPoolExecutor(1, thread_name_prefix="lyra-load")
+        self._loading = loader.submit(load)
+        loader.shutdown(wait=False)
+        self._seen: OrderedDict[str, SeenPhoto] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def pipeline(self) -> LyraPipeline:
+        """The loaded pipeline.
+
+        Raises:
+            UserError: the weights cannot be loaded.
+        """
+        return self._loading.result()
+
+    def see(self, photo: str | Path, session: str | None) -> Seen:
+        """Estimate the depth of a photo and give it a world in a session, or in a new one.
+
+        Raises:
+            UserError: the photo cannot be used or the disk cannot be written.
+        """
+        seen = self.pipeline.see(photo)
+        pixels = to_uint8(seen.image)
+        if session is None or not self.sessions.is_session(session):
+            session = self.sessions.new_session()
+        world_id = self.sessions.new_world(session, hashlib.sha256(pixels.numpy().tobytes()).hexdigest())
+        world = self.sessions.world(world_id)
+        if not world.photo_path.exists():
+            # Jobs read this copy: it has the size the model sees, and none of the upload's metadata.
+            world.write_photo(pixels)
+        self._keep(world_id, seen)
+        return Seen(world_id, seen)
+
+    def seen(self, world_id: str) -> SeenPhoto:
+        """The photo of a world, with its depth.
+
+        Raises:
+            UserError: there is no such world any more.
+        """
+        world = self.sessions.world(world_id)
+        with self._lock:
+            known = self._seen.get(world_id)
+        if known is None:
+            known = self.pipeline.see(world.photo_path)
+            self._keep(world_id, known)
+        return known
+
+    def job(self, world_id: str, **choices: object) -> GenerateJob:
+        """A job for the photo of a world; `choices` are fields of `GenerateJob`.
+
+        Raises:
+            UserError: there is no such world any more, or a choice is out of range.
+        """
+        photo = str(self.sessions.world(world_id).photo_path)
+        job = GenerateJob(photo=photo, model=self.model, **choices)  # type: ignore[arg-type]
+        if job.trajectory is None:
+            return job
+        return replace(job, trajectory=str(self._keep_trajectory(world_id, Path(job.trajectory))))
+
+    def plan(self, world_id: str, job: GenerateJob) -> Plan:
+        """The path of a job, as asked for and as it will be walked.
+
+        Raises:
+            UserError: the world is gone, or the path cannot be used.
+        """
+        seen = self.seen(world_id)
+        planned = self.pipeline.plan(seen, job)
+        blocked = planned.report.first_blocked is not None
+        return Plan(asked_cameras(seen, job) if blocked else planned.cameras, planned)
+
+    def generate(self, world_id: str, job: GenerateJob) -> str:
+        """Queue a walkthrough and return the id of its job.
+
+        Raises:
+            UserError: the world is gone, or too many jobs are waiting.
+        """
+        world = self.sessions.world(world_id)
+        denoising = f"Denoise {job.sampler}" + (f" {job.steps}" if job.sampler == "full" else "")
+        stages = [PlannedStage(name) for name in BEFORE_CHUNKS]
+        for chunk in range(job.chunks):
+            stages += [PlannedStage(name, chunk, denoising if name == "Denoise" else "") for name in OF_A_CHUNK]
+
+        def work(progress: Progress) -> World:
+            # Splats of the walkthrough that is about to be replaced would no longer belong to it.
+            world.scene_path.unlink(missing_ok=True)
+            try:
+                return self.pipeline.generate(job, world.folder, progress)
+            except Cancelled:
+                note_in_run(world, status="cancelled")
+                raise
+            finally:
+                note_in_run(world)
+
+        return self.jobs.submit(work, self.sessions.session_of(world_id), stages)
+
+    def lift(self, world_id: str) -> str:
+        """Queue the lifting of a walkthrough to splats and return the id of its job.
+
+        Raises:
+            UserError: the world is gone or has no walkthrough yet, or too many jobs are waiting.
+        """
+        world = self.sessions.world(world_id)
+        if not world.video_path.exists():
+            raise UserError("This world has no walkthrough yet; generate one first.")
+
+        def work(progress: Progress) -> World:
+            self.pipeline.reconstruct(World.open(world.folder), progress)
+            return world
+
+        return self.jobs.submit(work, self.sessions.session_of(world_id), [PlannedStage(name) for name in OF_LIFTING])
+
+    def _keep(self, world_id: str, seen: SeenPhoto) -> None:
+        with self._lock:
+            self._seen[world_id] = seen
+            self._seen.move_to_end(world_id)
+            while len(self._seen) > _SEEN_KEPT:
+                self._seen.popitem(last=False)
+
+    def _keep_trajectory(self, world_id: str, upload: Path) -> Path:
+        """A copy in the world's folder, under a name of its content: uploads do not outlive the app."""
+        read_trajectory(upload)
+        world = self.sessions.world(world_id)
+        kept = world.folder / f"trajectory-{hashlib.sha256(upload.read_bytes()).hexdigest()[:12]}.npz"
+        if not kept.exists():
+            with writing_to(world.folder):
+                shutil.copyfile(upload, kept)
+        return kept
+
+
+def asked_cameras(seen: SeenPhoto, job: GenerateJob) -> Cameras:
+    """The path of a job before anything is shortened.
+
+    Raises:
+        UserError: the preset is unknown or the trajectory file cannot be used.
+    """
+    height, width = seen.image.shape[-2:]
+    if job.trajectory is not None:
+        cameras = read_trajectory(Path(job.trajectory), frames=job.frames)
+        return relative_to_first(cameras).resized(height, width)
+    return preset_cameras(
+        job.preset,
+        frames=job.frames,
+        depth=seen.depth,
+        intrinsics=seen.depth.intrinsics,
+        image_height=height,
+        image_width=width,
+        strength=float(job.strength),
+    )
+
+
+def note_in_run(world: World, status: str | None = None) -> None:
+    """Set the status in run.json, and name its files as they are named in the world's folder, not on this server."""
+    run = world.run
+    if not run:
+        return
+    if status is not None:
+        run["status"] = status
+    job = run.get("job", {})
+    for entry in ("photo", "trajectory"):
+        if job.get(entry):
+            job[entry] = Path(job[entry]).name
+    world.write_run(run)

@@ -1,0 +1,1 @@
+"""Procedural worlds and trainers; nothing outside this package imports it."""

@@ -1,0 +1,61 @@
+"""Puts trained parts together as a model folder: half-precision safetensors in small shards, settings beside them.
+
+Run with `python -m lyra.training.assemble`. Knows no training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from lyra.depth.tiny import TinyDepthModel
+from lyra.models.autoencoder import TinyCausalAutoencoder
+from lyra.models.refiner import SeamRefiner
+from lyra.models.text import HashedTextEncoder
+from lyra.models.transformer import Lyra2Transformer3DModel
+from lyra.training.parts import TINY_SETTINGS
+
+LARGEST_SHARD = "9MB"
+"""A Space takes no larger plain file than 10 MB."""
+
+PART_CLASSES: dict[str, type[torch.nn.Module]] = {
+    "depth": TinyDepthModel,
+    "autoencoder": TinyCausalAutoencoder,
+    "transformer": Lyra2Transformer3DModel,
+    "text_encoder": HashedTextEncoder,
+    "refiner": SeamRefiner,
+}
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """Where the trained parts are, each a folder that `save_pretrained` wrote."""
+
+    out: Path
+    depth: Path
+    autoencoder: Path
+    transformer: Path
+    text_encoder: Path
+    refiner: Path
+
+
+def main(settings: Assembly) -> None:
+    """Convert all parts to half precision and write the model folder; its model card is kept."""
+    settings.out.mkdir(parents=True, exist_ok=True)
+    for name, part in PART_CLASSES.items():
+        target = settings.out / name
+        shutil.rmtree(target, ignore_errors=True)
+        model = part.from_pretrained(getattr(settings, name)).half()  # type: ignore[attr-defined]
+        model.save_pretrained(target, max_shard_size=LARGEST_SHARD)
+    text = json.dumps(dataclasses.asdict(TINY_SETTINGS), indent=2) + "\n"
+    (settings.out / "lyra.json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Assembly))

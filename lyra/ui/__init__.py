@@ -1,0 +1,1 @@
+"""The Gradio app: tabs beside one persistent viewer, and the HTTP API."""

@@ -1,0 +1,305 @@
+"""What happens on the page when something is clicked, changed or loaded?
+
+Each method takes the values of components and returns updates of components; `connect` binds them. Long work is a job
+that a generator only watches, so a reload or a closed tab stops nothing and the page finds its job again. The visitor's
+browser keeps `Visit`, whose entries come back from outside and are checked where they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from lyra.serving.jobs import JobStatus
+from lyra.ui.examples import Example
+from lyra.ui.handlers import Handlers, PathChoice, PhotoView, VideoChoice, attempt, published
+from lyra.ui.stages import message, stage_list
+from lyra.ui.tab_camera import CameraTab, path_in_words
+from lyra.ui.tab_photo import PhotoTab
+from lyra.ui.tab_video import VideoTab
+from lyra.ui.tab_world import WorldTab
+from lyra.ui.viewer import WorldViewer
+
+Updates = dict[Any, Any]
+"""New values or properties by component."""
+Visit = dict[str, str]
+"""What the visitor's browser keeps: ids of the session, the world, and the jobs `video` and `lift`."""
+
+DEPTH_KEY = "light is near, dark is far, grey is sky"
+BUSY = "The walkthrough of this photo is still being made; wait for it or cancel it in tab 3."
+
+
+@dataclass(frozen=True)
+class Page:
+    """The whole page's components and what its events call."""
+
+    handlers: Handlers
+    examples: tuple[Example, ...]
+    visit: gr.BrowserState
+    tabs: gr.Tabs
+    viewer: WorldViewer
+    photo: PhotoTab
+    camera: CameraTab
+    video: VideoTab
+    world: WorldTab
+
+    def choose_upload(self, upload: dict[str, Any] | None, visit: Any) -> Iterator[Updates]:
+        """A photo was uploaded; Gradio hands over its untouched file."""
+        if upload and upload.get("path"):
+            yield from self._choose(upload["path"], read_visit(visit), credit=None)
+        else:
+            yield {self.photo.note: gr.skip()}
+
+    def choose_example(self, visit: Any, event: gr.SelectData) -> Iterator[Updates]:
+        """An example was clicked."""
+        example = self.examples[event.index]
+        yield from self._choose(str(example.path), read_visit(visit), example.credit)
+
+    def show_photo(self, visit: Any) -> Updates:
+        """Tab 1 was opened: the point cloud without a path."""
+        view, _ = attempt(self.handlers.view_photo, read_visit(visit).get("world", ""))
+        return {self.viewer: view.viewer if view else gr.skip()}
+
+    def draw_path(self, visit: Any, preset: str, strength: float, chunks: int, trajectory: str | None) -> Updates:
+        """Tab 2 was opened or a setting of the path has changed: draw the path and say what is in its way."""
+        world_id = read_visit(visit).get("world", "")
+        choice = PathChoice(preset, strength, chunks, trajectory)
+        view, error = attempt(self.handlers.plan_path, world_id, choice)
+        camera = self.camera
+        updates: Updates = {
+            camera.fact: path_in_words(preset, int(chunks or 0), trajectory),
+            camera.onward: gr.update(interactive=view is not None),
+            self.video.tab: gr.Tab(interactive=view is not None),
+            self.viewer: view.viewer if view else gr.skip(),
+        }
+        note = message(error, "error") if view is None else message(view.reason, "warning")
+        return updates | shown(camera.note, note)
+
+    def start_video(self, visit: Any, *choices: Any) -> Updates:
+        """Generate was clicked."""
+        known = read_visit(visit)
+        path, video = choices[: len(self.camera.choices)], choices[len(self.camera.choices) :]
+        job_id, error = attempt(self.handlers.generate, known.get("world", ""), PathChoice(*path), VideoChoice(*video))
+        return self._started(known, "video", self.video.progress, job_id, error)
+
+    def start_lift(self, visit: Any) -> Updates:
+        """Lift was clicked."""
+        known = read_visit(visit)
+        job_id, error = attempt(self.handlers.lift, known.get("world", ""))
+        return self._started(known, "lift", self.world.progress, job_id, error)
+
+    def watch_video(self, visit: Any) -> Iterator[Updates]:
+        """Follow the walkthrough's job until it ends; the video appears with its first chunk."""
+        tab, known = self.video, read_visit(visit)
+        yield {tab.progress: gr.skip()}
+        pictures = 0
+        for updates, status in self._watch(known.get("video"), tab.progress, tab.generate, tab.cancel):
+            if status.pictures > pictures and status.picture is not None:
+                pictures = status.pictures
+                updates[tab.video] = gr.update(value=published(status.picture), visible=True)
+            if status.ended:
+                updates |= self._world_updates(known.get("world", ""))
+            if updates:
+                yield updates
+
+    def watch_lift(self, visit: Any) -> Iterator[Updates]:
+        """Follow the lifting job until it ends; then the splats are in the viewer."""
+        tab, known = self.world, read_visit(visit)
+        yield {tab.progress: gr.skip()}
+        for updates, status in self._watch(known.get("lift"), tab.progress, tab.lift, tab.cancel):
+            if status.state == "done":
+                updates |= self._world_updates(known.get("world", "")) | self.show_splats(visit)
+            if updates:
+                yield updates
+
+    def cancel_video(self, visit: Any) -> Updates:
+        """Cancel was clicked in tab 3."""
+        return self._cancel(read_visit(visit).get("video"), self.video.cancel)
+
+    def cancel_lift(self, visit: Any) -> Updates:
+        """Cancel was clicked in tab 4."""
+        return self._cancel(read_visit(visit).get("lift"), self.world.cancel)
+
+    def show_splats(self, visit: Any) -> Updates:
+        """Tab 4 was opened: the splats, if there are any."""
+        world, _ = attempt(self.handlers.studio.sessions.world, read_visit(visit).get("world"))
+        if world is None or not world.scene_path.exists():
+            return {self.viewer: gr.skip()}
+        value, _ = attempt(self.handlers.view_splats, world)
+        return {self.viewer: value or gr.skip()}
+
+    def restore(self, visit: Any) -> Updates:
+        """The page was loaded: put back the visitor's photo, settings and results."""
+        known = read_visit(visit)
+        if "world" not in known:
+            return {self.photo.note: gr.skip()}
+        view, _ = attempt(self.handlers.view_photo, known["world"])
+        if view is None:
+            return {self.visit: {}}
+        running = any(self._unfinished(known.get(job)) for job in ("video", "lift"))
+        updates = self._photo_updates(view) | self._world_updates(known["world"]) | self._settings(known["world"])
+        if running:
+            updates[self.tabs] = gr.Tabs(selected="world" if self._unfinished(known.get("lift")) else "video")
+            updates[self.video.tab] = gr.Tab(interactive=True)
+        return updates
+
+    def _choose(self, path: str, visit: Visit, credit: str | None) -> Iterator[Updates]:
+        if self._unfinished(visit.get("video")):
+            yield shown(self.photo.note, message(BUSY, "error"))
+            return
+        yield shown(self.photo.note, message("Measuring depth and field of view…"))
+        view, error = attempt(self.handlers.see_photo, path, visit.get("session"))
+        if view is None:
+            before, _ = attempt(self.handlers.view_photo, visit.get("world", ""))
+            yield shown(self.photo.note, message(error, "error")) | {self.photo.photo: before.photo if before else None}
+            return
+        session = view.world_id.partition("-")[0]
+        updates = self._photo_updates(view, credit) | {self.visit: {"session": session, "world": view.world_id}}
+        updates[self.video.tab] = gr.Tab(interactive=False)
+        updates |= shown(self.video.progress, "") | shown(self.world.progress, "")
+        yield updates | self._world_updates(view.world_id)
+
+    def _photo_updates(self, view: PhotoView, credit: str | None = None) -> Updates:
+        """The photo and what is known of it; `credit` is HTML."""
+        tab = self.photo
+        fact = f'<p class="lyra-fact" role="status">Field of view <b>{view.fov_x_deg:.0f}°</b>; depth: {DEPTH_KEY}</p>'
+        if credit:
+            fact += f'<p class="lyra-credit">Photo: {credit}.</p>'
+        return {
+            tab.photo: view.photo,
+            tab.depth: gr.update(value=view.depth_picture, visible=True),
+            tab.onward: gr.update(visible=True),
+            self.camera.tab: gr.Tab(interactive=True),
+            self.viewer: view.viewer,
+            **shown(tab.note, fact),
+        }
+
+    def _world_updates(self, world_id: str) -> Updates:
+        """What there is of a world already: its video and its files, and tab 4 if there is something to lift."""
+        world, _ = attempt(self.handlers.studio.sessions.world, world_id)
+        done = world is not None and world.video_path.exists()
+        files = self.handlers.downloads(world) if world is not None and done else []
+        return {
+            self.video.video: gr.update(value=published(world.video_path) if world and done else None, visible=done),
+            self.video.onward: gr.update(visible=done),
+            self.world.tab: gr.Tab(interactive=done),
+            self.world.downloads: gr.update(value=files or None, visible=bool(files)),
+        }
+
+    def _settings(self, world_id: str) -> Updates:
+        """The settings of the world's last job, and its path in the viewer."""
+        world, _ = attempt(self.handlers.studio.sessions.world, world_id)
+        run, _ = attempt(lambda: world.run if world is not None else {})
+        job = run.get("job") if run else None
+        if world is None or not job:
+            return {}
+        camera, video = self.camera, self.video
+        file = world.folder / job["trajectory"] if job["trajectory"] else None
+        choice = PathChoice(job["preset"], job["strength"], job["chunks"], str(file) if file else None)
+        path, _ = attempt(self.handlers.plan_path, world_id, choice)
+        return {
+            camera.preset: choice.preset,
+            camera.strength: choice.strength,
+            camera.chunks: choice.chunks,
+            camera.trajectory: published(file) if file else None,
+            camera.fact: path_in_words(choice.preset, choice.chunks, choice.trajectory),
+            video.sampler: job["sampler"],
+            video.steps: job["steps"],
+            video.guidance: job["guidance_scale"],
+            video.seed: job["seed"],
+            video.prompt: job["prompt"],
+            video.memory: job["memory"],
+            video.tab: gr.Tab(interactive=True),
+            **({self.viewer: path.viewer} if path else {}),
+        }
+
+    def _started(self, visit: Visit, kind: str, progress: gr.HTML, job_id: str | None, error: str | None) -> Updates:
+        """The browser remembers the new job; an error forgets the old one, whose progress would cover the sentence."""
+        kept = {key: value for key, value in visit.items() if key != kind}
+        return {
+            self.visit: kept | ({kind: job_id} if job_id else {}),
+            **shown(progress, message(error, "error") if error else message("Waiting for the device…")),
+        }
+
+    def _watch(
+        self, job_id: str | None, progress: gr.HTML, start: gr.Button, cancel: gr.Button
+    ) -> Iterator[tuple[Updates, JobStatus]]:
+        """Statuses of a job with the updates of its stage list and buttons; updates are empty when nothing changed."""
+        before, buttons = None, None
+        for status in self.handlers.follow(job_id):
+            updates: Updates = {}
+            html = stage_list(status)
+            if html != before:
+                before = html
+                updates |= shown(progress, html)
+            if status.ended != buttons:
+                buttons = status.ended
+                updates[start] = gr.update(interactive=status.ended)
+                updates[cancel] = gr.update(interactive=not status.ended, value="Cancel")
+            yield updates, status
+
+    def _cancel(self, job_id: str | None, button: gr.Button) -> Updates:
+        stopped = job_id is not None and self.handlers.studio.jobs.cancel(job_id)
+        return {button: gr.update(interactive=False, value="Cancelling…") if stopped else gr.skip()}
+
+    def _unfinished(self, job_id: str | None) -> bool:
+        status = self.handlers.studio.jobs.status(job_id) if job_id else None
+        return status is not None and not status.ended
+
+
+def read_visit(value: Any) -> Visit:
+    """The entries of a `Visit` in whatever the browser sent."""
+    if not isinstance(value, dict):
+        return {}
+    keys = ("session", "world", "video", "lift")
+    return {key: value[key] for key in keys if isinstance(value.get(key), str)}
+
+
+def shown(component: gr.HTML, html: str) -> Updates:
+    """A piece of HTML that takes no room when it is empty."""
+    return {component: gr.update(value=html, visible=bool(html))}
+
+
+def connect(page: Page, app: gr.Blocks) -> None:
+    """Bind every event of the page. All are private: other programs use the endpoints of `api.py`."""
+    photo, camera, video, world = page.photo, page.camera, page.video, page.world
+    everything: list[Any] = [page.visit, page.tabs, page.viewer]
+    for tab in (photo, camera, video, world):
+        everything += [getattr(tab, name) for name in tab.__dataclass_fields__]
+    private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    quick: dict[str, Any] = private | {"concurrency_limit": 4}
+    watching: dict[str, Any] = private | {"concurrency_limit": None}
+    visit = [page.visit]
+
+    photo.photo.upload(page.choose_upload, [photo.photo, *visit], everything, preprocess=False, **private)
+    photo.gallery.select(page.choose_example, visit, everything, **private)
+    photo.tab.select(page.show_photo, visit, everything, **quick)
+
+    settings = [camera.preset.input, camera.strength.input, camera.chunks.input]
+    settings += [camera.trajectory.upload, camera.trajectory.clear, camera.tab.select]
+    gr.on(settings, page.draw_path, visit + camera.choices, everything, trigger_mode="always_last", **quick)
+
+    video.sampler.change(lambda sampler: gr.Row(visible=sampler == "full"), video.sampler, video.full_options, **quick)
+    start = video.generate.click(page.start_video, visit + camera.choices + video.choices, everything, **quick)
+    start.then(page.watch_video, visit, everything, **watching)
+    video.cancel.click(page.cancel_video, visit, everything, **watching)
+
+    lift = world.lift.click(page.start_lift, visit, everything, **quick)
+    lift.then(page.watch_lift, visit, everything, **watching)
+    world.cancel.click(page.cancel_lift, visit, everything, **watching)
+    world.tab.select(page.show_splats, visit, everything, **quick)
+
+    for button, following in ((photo.onward, "camera"), (camera.onward, "video"), (video.onward, "world")):
+        button.click(selecting(following), None, page.tabs, **quick)
+
+    loaded = app.load(page.restore, visit, everything, **quick)
+    loaded.then(page.watch_video, visit, everything, **watching)
+    loaded.then(page.watch_lift, visit, everything, **watching)
+
+
+def selecting(tab: str) -> Callable[[], gr.Tabs]:
+    """A handler that opens a tab."""
+    return lambda: gr.Tabs(selected=tab)

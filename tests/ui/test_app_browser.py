@@ -1,0 +1,213 @@
+"""The whole app in a real browser, with the real process and the default model, as a visitor walks through it.
+
+One process and one page serve all tests, which go through the tabs in order: each begins where the one before it ended.
+A walkthrough is generated once, and begun and cancelled once.
+"""
+
+import io
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Locator, Page, expect
+from plyfile import PlyData
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).resolve().parents[2]
+GENERATING = 800_000
+"""Milliseconds in which a walkthrough of one chunk is finished, also on a busy machine; 60 s is usual."""
+SOON = 90_000
+"""Milliseconds for what takes seconds."""
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("app")
+    command = [sys.executable, "app.py", "--port", str(port), "--worlds", str(folder / "worlds")]
+    environment = os.environ | {"GRADIO_TEMP_DIR": str(folder / "gradio")}
+    with (
+        (folder / "errors.txt").open("w") as errors,
+        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as app,
+    ):
+        assert app.stdout is not None
+        line = app.stdout.readline()
+        address = re.search(r"http://\S+", line)
+        assert address, (folder / "errors.txt").read_text()
+        yield address[0]
+        app.terminate()
+    assert "Traceback" not in (folder / "errors.txt").read_text()
+
+
+class Visit:
+    """A visitor's page."""
+
+    def __init__(self, page: Page, url: str) -> None:
+        self.page, self.errors = page, list[str]()
+        self.hosts: set[str | None] = set()
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("request", lambda request: self.hosts.add(urlsplit(request.url).hostname))
+        page.set_default_timeout(SOON)
+        page.goto(url)
+
+    def tab(self, name: str) -> Locator:
+        return self.page.get_by_role("tab", name=name)
+
+    def button(self, name: str) -> Locator:
+        return self.page.get_by_role("button", name=name, exact=True)
+
+    def viewer(self, kind: str) -> dict[str, Any]:
+        """What the viewer shows once it has drawn something of this kind."""
+        self.page.locator(f".lyra-viewer[data-state=loaded][data-kind={kind}]").wait_for()
+        return self.page.locator(".lyra-viewer").evaluate("host => host.lyraViewer.probe()")
+
+    def view_of_the_world(self) -> np.ndarray:
+        png = self.page.locator(".lyra-viewer canvas").screenshot()
+        return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+
+    def upload(self, path: Path) -> None:
+        self.page.locator("#lyra-photo input[type=file]").set_input_files(path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patience() -> Iterator[None]:
+    expect.set_options(timeout=SOON)
+    yield
+    expect.set_options(timeout=5_000)
+
+
+@pytest.fixture(scope="module")
+def visit(url: str, browser_page: Callable[..., Page]) -> Visit:
+    return Visit(browser_page(viewport={"width": 1280, "height": 1000}), url)
+
+
+def test_the_page_begins_with_the_photo_and_the_rest_locked(visit: Visit) -> None:
+    expect(visit.tab("1 Photo")).to_be_enabled()
+    for name in ("2 Camera", "3 Video", "4 World"):
+        expect(visit.tab(name)).to_be_disabled()
+    expect(visit.page.locator("#lyra-examples img")).to_have_count(9)
+
+
+def test_what_is_no_photo_is_refused_beside_the_upload(visit: Visit, tmp_path: Path) -> None:
+    (tmp_path / "letter.jpg").write_text("Dear reader, this is no picture.")
+    visit.upload(tmp_path / "letter.jpg")
+    alert = visit.page.locator("#lyra-photo-note [role=alert]")
+    expect(alert).to_have_text(re.compile(r"letter\.jpg is not a picture in a known format; .+\."))
+    expect(visit.page.locator(".toast-body")).to_have_count(0)
+    expect(visit.tab("2 Camera")).to_be_disabled()
+
+
+def test_an_example_shows_its_depth_its_field_of_view_and_its_points(visit: Visit) -> None:
+    visit.page.locator("#lyra-examples button img").nth(2).click()
+    expect(visit.page.locator("#lyra-photo-note")).to_have_text(re.compile(r"Field of view \d\d°.*Photo: .*source"))
+    expect(visit.page.locator("#lyra-depth img")).to_be_visible()
+    shown = visit.viewer("points")
+    assert shown["points"] > 1000 and shown["distinctColours"] > 100
+
+
+def test_a_camera_move_is_drawn_before_anything_is_generated(visit: Visit) -> None:
+    visit.button("Continue to the camera").click()
+    expect(visit.tab("3 Video")).to_be_enabled()
+    visit.page.get_by_role("radio", name="Push in").check()
+    expect(visit.page.locator("#lyra-path")).to_contain_text("5 s (80 frames)")
+    play = visit.page.locator(".lyra-viewer").get_by_role("button", name="Play path")
+    expect(play).to_be_enabled()
+    with_path = visit.view_of_the_world()
+    show = visit.page.locator(".lyra-viewer").get_by_role("button", name="Show path")
+    show.click()
+    without = visit.view_of_the_world()
+    show.click()
+    assert (np.abs(with_path - without).max(-1) > 30).sum() > 50
+
+
+def test_a_path_through_the_scene_is_shortened_with_the_reason(visit: Visit) -> None:
+    strength, chunks = (visit.page.locator(f"#lyra-{name} input[type=number]") for name in ("strength", "chunks"))
+    for field, value in ((strength, "2"), (chunks, "6")):
+        field.fill(value)
+        field.press("Enter")
+    expect(visit.page.locator("#lyra-path-note")).to_contain_text("shortened to")
+    expect(visit.page.locator("#lyra-path")).to_contain_text("30 s (480 frames)")
+    for field in (strength, chunks):
+        field.fill("1")
+        field.press("Enter")
+    expect(visit.page.locator("#lyra-path")).to_contain_text("5 s (80 frames)")
+
+
+def test_cancelling_stops_the_walkthrough(visit: Visit) -> None:
+    visit.button("Continue to the video").click()
+    expect(visit.page.locator("#lyra-sampler")).to_contain_text("How the 4-step weights")
+    visit.button("Generate").click()
+    summary = visit.page.locator("#lyra-video-progress .lyra-summary")
+    expect(summary).to_have_text(re.compile("Photo depth|Remember|Retrieve|Correspond|Denoise"))
+    visit.button("Cancel").click()
+    expect(summary).to_have_text("Cancelled.")
+    expect(visit.button("Generate")).to_be_enabled()
+    expect(visit.tab("4 World")).to_be_disabled()
+
+
+def test_a_walkthrough_goes_on_through_a_reload_and_is_shown(visit: Visit) -> None:
+    visit.button("Generate").click()
+    summary = visit.page.locator("#lyra-video-progress .lyra-summary")
+    expect(summary).to_be_visible()
+    visit.page.reload()
+    expect(visit.page.locator("#lyra-video-progress progress").first).to_be_visible()
+    expect(summary).to_have_text(re.compile("Finished in"), timeout=GENERATING)
+    video = visit.page.locator("#lyra-video video")
+    expect(video).to_be_visible()
+    visit.page.wait_for_function("() => document.querySelector('#lyra-video video').videoWidth === 832", polling=500)
+    assert video.evaluate("video => video.duration") == pytest.approx(81 / 16, abs=0.2)
+
+
+def test_the_walkthrough_is_lifted_to_splats(visit: Visit) -> None:
+    visit.button("Continue to the world").click()
+    visit.button("Lift to splats").click()
+    shown = visit.viewer("splats")
+    assert shown["splats"] > 1000
+    visit.page.wait_for_function(
+        "() => document.querySelector('.lyra-viewer').lyraViewer.probe().distinctColours > 100", polling=1000
+    )
+
+
+def test_the_worlds_files_can_be_downloaded(visit: Visit) -> None:
+    links = visit.page.locator("#lyra-downloads a")
+    expect(links).to_have_count(4)
+    files = {Path(link).name: link for link in (link.get_attribute("href") or "" for link in links.all())}
+    assert sorted(files) == ["cameras.npz", "run.json", "scene.ply", "walkthrough.mp4"]
+    bodies = {name: visit.page.request.get(link).body() for name, link in files.items()}
+    assert len(PlyData.read(io.BytesIO(bodies["scene.ply"]))["vertex"]) > 1000
+    assert len(np.load(io.BytesIO(bodies["cameras.npz"]))["w2c"]) == 81
+    assert bodies["walkthrough.mp4"][4:8] == b"ftyp"
+    assert b'"status": "finished"' in bodies["run.json"]
+
+
+def test_everything_is_there_again_when_the_page_is_opened_later(visit: Visit) -> None:
+    visit.page.reload()
+    for name in ("2 Camera", "3 Video", "4 World"):
+        expect(visit.tab(name)).to_be_enabled()
+    visit.tab("4 World").click()
+    assert visit.viewer("splats")["splats"] > 1000
+
+
+def test_all_four_tabs_fit_a_phone(url: str, browser_page: Callable[..., Page]) -> None:
+    phone = Visit(browser_page(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True), url)
+    for name in ("1 Photo", "2 Camera", "3 Video", "4 World"):
+        expect(phone.tab(name)).to_be_visible()
+    assert phone.page.evaluate("document.documentElement.scrollWidth") <= 390
+    phone.page.context.close()
+
+
+def test_nothing_came_from_elsewhere_and_nothing_threw(visit: Visit) -> None:
+    assert visit.hosts <= {"127.0.0.1", None}
+    assert visit.errors == []
