@@ -10,7 +10,7 @@ import shutil
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -145,7 +145,8 @@ def parse(arguments: list[str]) -> Command:
     annotated = tyro.extras.subcommand_type_from_defaults(
         {"generate": Generate(options=defaults, out=tyro.MISSING)}, prefix_names=False
     )
-    commands = Annotated[annotated, tyro.conf.OmitSubcommandPrefixes] | Reconstruct | Export | Doctor
+    # The union is made when the program runs, because the saved job's values are its defaults.
+    commands: Any = Annotated[annotated, tyro.conf.OmitSubcommandPrefixes] | Reconstruct | Export | Doctor  # type: ignore[valid-type]
     return tyro.cli(commands, args=arguments, prog="lyra", config=(tyro.conf.OmitArgPrefixes,))
 
 

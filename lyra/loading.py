@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
@@ -61,6 +62,6 @@ def load_components(folder: Path, device: Device) -> tuple[Components, TinyDepth
     ), depth
 
 
-def place(model: torch.nn.Module, device: Device) -> torch.nn.Module:
+def place(model: Any, device: Device) -> Any:
     """Put a model on its device, ready to run."""
     return model.to(device.device, device.dtype).eval().requires_grad_(False)

@@ -59,7 +59,7 @@ def join_videos(path: Path, parts: Sequence[Path], comment: str = "") -> None:
                 stream = source.streams.video[0]
                 if target is None:
                     target = out.add_stream_from_template(stream)
-                    step = round(1 / (FRAMES_PER_SECOND * stream.time_base))
+                    step = round(1 / (FRAMES_PER_SECOND * float(stream.time_base or 1)))
                 count = 0
                 for packet in source.demux(stream):
                     if packet.dts is None:

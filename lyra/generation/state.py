@@ -7,6 +7,7 @@ resumed run gives the same bytes. Knows tensors and names, no files.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -53,11 +54,12 @@ class ChunkRecord:
     @classmethod
     def from_tensors(cls, named: dict[str, Tensor]) -> ChunkRecord:
         """The inverse of `to_tensors`."""
-        caches = {}
+        caches: dict[str, Any] = {}
         for prefix in ("encoder_cache", "decoder_cache"):
             start = f"{prefix}/"
             caches[prefix] = cache_from_tensors({k[len(start) :]: v for k, v in named.items() if k.startswith(start)})
-        return cls(**{k: v for k, v in named.items() if "/" not in k}, **caches)
+        fields: dict[str, Any] = {k: v for k, v in named.items() if "/" not in k}
+        return cls(**fields, **caches)
 
 
 @dataclass

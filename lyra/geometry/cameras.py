@@ -43,7 +43,8 @@ def unproject(
     depth: Float[Tensor, "h w"], w2c: Float[Tensor, "4 4"], intrinsics: Float[Tensor, "3 3"]
 ) -> Float[Tensor, "h w 3"]:
     """World points of a depth map, integer pixel coordinates."""
-    rays = pixel_grid(*depth.shape, depth.device) @ torch.linalg.inv(intrinsics).T
+    height, width = depth.shape
+    rays = pixel_grid(height, width, depth.device) @ torch.linalg.inv(intrinsics).T
     points = rays * depth[..., None]
     c2w = torch.linalg.inv(w2c)
     return points @ c2w[:3, :3].T + c2w[:3, 3]

@@ -166,5 +166,6 @@ def forward_warp_reference(
     ]
     highest = max(float(torch.log1p(z.clamp(min=0)).max()) for _, z in projected)
     keep, flat = mask.flatten(), values.flatten(1).T.float()
-    sums = [splat_reference(flat[keep], uv[keep], z[keep], *depth.shape, highest) for uv, z in projected]
+    height, width = depth.shape
+    sums = [splat_reference(flat[keep], uv[keep], z[keep], height, width, highest) for uv, z in projected]
     return finish_warp(sums, -1.0, True)

@@ -33,21 +33,41 @@ class TwoLinears(nn.Module):
         self.linear_1, self.linear_2 = nn.Linear(inputs, dim), nn.Linear(dim, dim)
 
 
+class Projection(nn.Module):
+    """A linear map under the name that diffusers gives the first layer of a feed-forward network."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(inputs, outputs)
+
+    def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        """The linear map."""
+        return self.proj(x)
+
+
+class ImageFeedForward(nn.Module):
+    """Linear, GELU, linear, under diffusers' parameter names."""
+
+    def __init__(self, image_dim: int, dim: int) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([Projection(image_dim, image_dim), nn.Identity(), nn.Linear(image_dim, dim)])
+
+    def forward(self, x: Float[Tensor, "b m f"]) -> Float[Tensor, "b m d"]:
+        """The two-layer map of each token."""
+        return self.net[2](F.gelu(self.net[0](x)))
+
+
 class ImageEmbedder(nn.Module):
     """LayerNorm, linear, GELU, linear, LayerNorm (Wan 2.1 I2V)."""
 
     def __init__(self, image_dim: int, dim: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(image_dim, 1e-5), nn.LayerNorm(dim, 1e-5)
-        first = nn.Module()
-        first.proj = nn.Linear(image_dim, image_dim)
-        self.ff = nn.Module()
-        self.ff.net = nn.ModuleList([first, nn.Identity(), nn.Linear(image_dim, dim)])
+        self.ff = ImageFeedForward(image_dim, dim)
 
     def forward(self, image: Float[Tensor, "b m f"]) -> Float[Tensor, "b m d"]:
         """Image tokens in the transformer's width."""
-        hidden = F.gelu(self.ff.net[0].proj(self.norm1(image)))
-        return self.norm2(self.ff.net[2](hidden))
+        return self.norm2(self.ff(self.norm1(image)))
 
 
 class ConditionEmbedder(nn.Module):

@@ -43,7 +43,7 @@ class StreamingWanAutoencoder:
     spatial_stride = 8
     temporal_stride = 4
 
-    def __init__(self, vae: torch.nn.Module) -> None:
+    def __init__(self, vae: Any) -> None:
         self.vae = vae
         self.mean = torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
         self.std = torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)

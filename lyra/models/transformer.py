@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lyra.models.conditioning import ConditionEmbedder
+from lyra.models.conditioning import ConditionEmbedder, Projection
 from lyra.models.framepack import (
     RELEASED_LAYOUT,
     FramePackLayout,
@@ -79,13 +79,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        first = nn.Module()
-        first.proj = nn.Linear(dim, hidden)
-        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(hidden, dim)])
+        self.net = nn.ModuleList([Projection(dim, hidden), nn.Identity(), nn.Linear(hidden, dim)])
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """The two-layer map of each token."""
-        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+        return self.net[2](F.gelu(self.net[0](x), approximate="tanh"))
 
 
 class Lyra2Block(nn.Module):

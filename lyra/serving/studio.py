@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from lyra.config import GenerateJob
 from lyra.errors import UserError
@@ -31,18 +32,21 @@ from lyra.types import Cameras
 from lyra.world import World
 
 BEFORE_CHUNKS = ("Photo depth", "Remember the photo")
+KEEP_PIXELS = "Keep seen pixels"
 OF_A_CHUNK = (
     "Retrieve",
     "Correspond",
     "Denoise",
     "Decode",
-    "Keep seen pixels",
+    KEEP_PIXELS,
     "Measure depth",
     "Remember",
     "Write video",
 )
 OF_LIFTING = ("Read walkthrough", "Lift to splats", "Write splats")
 """Stages as the pipeline enters them; a name that is missing here costs only the estimate of the time left."""
+
+JobKind = Literal["video", "lift"]
 
 _SEEN_KEPT = 8
 """Photos whose depth stays in memory, at about 8 MB each."""
@@ -84,6 +88,7 @@ class Studio:
         self._loading = loader.submit(load)
         loader.shutdown(wait=False)
         self._seen: OrderedDict[str, SeenPhoto] = OrderedDict()
+        self._latest: dict[tuple[str, JobKind], str] = {}
         self._lock = threading.Lock()
 
     @property
@@ -158,9 +163,11 @@ class Studio:
         """
         world = self.sessions.world(world_id)
         denoising = f"Denoise {job.sampler}" + (f" {job.steps}" if job.sampler == "full" else "")
+        keeps_pixels = self.pipeline.parts.settings.keep_seen_pixels
+        of_a_chunk = [name for name in OF_A_CHUNK if keeps_pixels or name != KEEP_PIXELS]
         stages = [PlannedStage(name) for name in BEFORE_CHUNKS]
         for chunk in range(job.chunks):
-            stages += [PlannedStage(name, chunk, denoising if name == "Denoise" else "") for name in OF_A_CHUNK]
+            stages += [PlannedStage(name, chunk, denoising if name == "Denoise" else "") for name in of_a_chunk]
 
         def work(progress: Progress) -> World:
             # Splats of the walkthrough that is about to be replaced would no longer belong to it.
@@ -173,7 +180,7 @@ class Studio:
             finally:
                 note_in_run(world)
 
-        return self.jobs.submit(work, self.sessions.session_of(world_id), stages)
+        return self._submit(world_id, "video", work, stages)
 
     def lift(self, world_id: str) -> str:
         """Queue the lifting of a walkthrough to splats and return the id of its job.
@@ -189,7 +196,20 @@ class Studio:
             self.pipeline.reconstruct(World.open(world.folder), progress)
             return world
 
-        return self.jobs.submit(work, self.sessions.session_of(world_id), [PlannedStage(name) for name in OF_LIFTING])
+        return self._submit(world_id, "lift", work, [PlannedStage(name) for name in OF_LIFTING])
+
+    def latest_job(self, world_id: str, kind: JobKind) -> str | None:
+        """Id of the newest job of a world that is still remembered: how a reloaded page finds it again."""
+        with self._lock:
+            job_id = self._latest.get((world_id, kind))
+        return job_id if job_id is not None and self.jobs.status(job_id) is not None else None
+
+    def _submit(self, world_id: str, kind: JobKind, work: Callable[[Progress], World], plan: list[PlannedStage]) -> str:
+        job_id = self.jobs.submit(work, self.sessions.session_of(world_id), plan)
+        with self._lock:
+            self._latest = {key: known for key, known in self._latest.items() if self.jobs.status(known) is not None}
+            self._latest[world_id, kind] = job_id
+        return job_id
 
     def _keep(self, world_id: str, seen: SeenPhoto) -> None:
         with self._lock:

@@ -30,6 +30,8 @@ class VideoTab:
     memory: gr.Radio
     full_options: gr.Row
     """Steps and guidance, which the 4-step sampler does not have."""
+    job: gr.State
+    """Id of the job of the walkthrough that this page watches."""
     generate: gr.Button
     cancel: gr.Button
     progress: gr.HTML
@@ -68,6 +70,7 @@ def build_video_tab(settings: ModelSettings) -> VideoTab:
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, scale=1, min_width=110)
         with gr.Accordion("Advanced", open=False):
             memory = gr.Radio(MEMORIES, value="lyra", label="Memory", elem_id="lyra-memory")
+        job = gr.State(None)
         with gr.Row():
             generate = gr.Button("Generate", variant="primary", min_width=120, elem_id="lyra-generate")
             cancel = gr.Button("Cancel", variant="stop", interactive=False, min_width=120, elem_id="lyra-cancel")
@@ -77,5 +80,18 @@ def build_video_tab(settings: ModelSettings) -> VideoTab:
         )
         onward = gr.Button("Continue to the world", variant="primary", visible=False)
     return VideoTab(
-        tab, sampler, steps, guidance, seed, prompt, memory, full_options, generate, cancel, progress, video, onward
+        tab,
+        sampler,
+        steps,
+        guidance,
+        seed,
+        prompt,
+        memory,
+        full_options,
+        job,
+        generate,
+        cancel,
+        progress,
+        video,
+        onward,
     )

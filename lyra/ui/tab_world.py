@@ -15,6 +15,8 @@ class WorldTab:
     """Components of the tab."""
 
     tab: gr.Tab
+    job: gr.State
+    """Id of the job of the lifting that this page watches."""
     lift: gr.Button
     cancel: gr.Button
     progress: gr.HTML
@@ -25,6 +27,7 @@ def build_world_tab() -> WorldTab:
     """Lay out the tab in the present `gr.Tabs`."""
     with gr.Tab("4 World", id="world", interactive=False) as tab:
         gr.Markdown("Lift the walkthrough to Gaussian splats and walk through them in the 3D view.")
+        job = gr.State(None)
         with gr.Row():
             lift = gr.Button("Lift to splats", variant="primary", min_width=120, elem_id="lyra-lift")
             cancel = gr.Button("Cancel", variant="stop", interactive=False, min_width=120, elem_id="lyra-cancel-lift")
@@ -32,4 +35,4 @@ def build_world_tab() -> WorldTab:
         downloads = gr.File(
             label="Downloads", file_count="multiple", interactive=False, visible=False, elem_id="lyra-downloads"
         )
-    return WorldTab(tab, lift, cancel, progress, downloads)
+    return WorldTab(tab, job, lift, cancel, progress, downloads)

@@ -14,6 +14,7 @@ from typing import Any
 import gradio as gr
 
 from lyra.serving.jobs import JobStatus
+from lyra.serving.studio import JobKind
 from lyra.ui.examples import Example
 from lyra.ui.handlers import Handlers, PathChoice, PhotoView, VideoChoice, attempt, published
 from lyra.ui.stages import message, stage_list
@@ -26,10 +27,10 @@ from lyra.ui.viewer import WorldViewer
 Updates = dict[Any, Any]
 """New values or properties by component."""
 Visit = dict[str, str]
-"""What the visitor's browser keeps: ids of the session, the world, and the jobs `video` and `lift`."""
+"""What the visitor's browser keeps: the ids `session` and `world`."""
 
 DEPTH_KEY = "light is near, dark is far, grey is sky"
-BUSY = "The walkthrough of this photo is still being made; wait for it or cancel it in tab 3."
+BUSY = "The world of this photo is still being made; wait for it or cancel it in tab 3 or 4."
 
 
 @dataclass(frozen=True)
@@ -80,48 +81,46 @@ class Page:
 
     def start_video(self, visit: Any, *choices: Any) -> Updates:
         """Generate was clicked."""
-        known = read_visit(visit)
+        world_id = read_visit(visit).get("world", "")
         path, video = choices[: len(self.camera.choices)], choices[len(self.camera.choices) :]
-        job_id, error = attempt(self.handlers.generate, known.get("world", ""), PathChoice(*path), VideoChoice(*video))
-        return self._started(known, "video", self.video.progress, job_id, error)
+        started = attempt(self.handlers.generate, world_id, PathChoice(*path), VideoChoice(*video))
+        return self._started(self.video, *started)
 
     def start_lift(self, visit: Any) -> Updates:
         """Lift was clicked."""
-        known = read_visit(visit)
-        job_id, error = attempt(self.handlers.lift, known.get("world", ""))
-        return self._started(known, "lift", self.world.progress, job_id, error)
+        return self._started(self.world, *attempt(self.handlers.lift, read_visit(visit).get("world", "")))
 
-    def watch_video(self, visit: Any) -> Iterator[Updates]:
+    def watch_video(self, visit: Any, job_id: str | None) -> Iterator[Updates]:
         """Follow the walkthrough's job until it ends; the video appears with its first chunk."""
-        tab, known = self.video, read_visit(visit)
+        tab, world_id = self.video, read_visit(visit).get("world", "")
         yield {tab.progress: gr.skip()}
         pictures = 0
-        for updates, status in self._watch(known.get("video"), tab.progress, tab.generate, tab.cancel):
+        for updates, status in self._watch(job_id, tab.progress, tab.generate, tab.cancel):
             if status.pictures > pictures and status.picture is not None:
                 pictures = status.pictures
                 updates[tab.video] = gr.update(value=published(status.picture), visible=True)
             if status.ended:
-                updates |= self._world_updates(known.get("world", ""))
+                updates |= self._world_updates(world_id)
             if updates:
                 yield updates
 
-    def watch_lift(self, visit: Any) -> Iterator[Updates]:
+    def watch_lift(self, visit: Any, job_id: str | None) -> Iterator[Updates]:
         """Follow the lifting job until it ends; then the splats are in the viewer."""
-        tab, known = self.world, read_visit(visit)
+        tab, world_id = self.world, read_visit(visit).get("world", "")
         yield {tab.progress: gr.skip()}
-        for updates, status in self._watch(known.get("lift"), tab.progress, tab.lift, tab.cancel):
+        for updates, status in self._watch(job_id, tab.progress, tab.lift, tab.cancel):
             if status.state == "done":
-                updates |= self._world_updates(known.get("world", "")) | self.show_splats(visit)
+                updates |= self._world_updates(world_id) | self.show_splats(visit)
             if updates:
                 yield updates
 
-    def cancel_video(self, visit: Any) -> Updates:
+    def cancel_video(self, job_id: str | None) -> Updates:
         """Cancel was clicked in tab 3."""
-        return self._cancel(read_visit(visit).get("video"), self.video.cancel)
+        return self._cancel(job_id, self.video.cancel)
 
-    def cancel_lift(self, visit: Any) -> Updates:
+    def cancel_lift(self, job_id: str | None) -> Updates:
         """Cancel was clicked in tab 4."""
-        return self._cancel(read_visit(visit).get("lift"), self.world.cancel)
+        return self._cancel(job_id, self.world.cancel)
 
     def show_splats(self, visit: Any) -> Updates:
         """Tab 4 was opened: the splats, if there are any."""
@@ -132,22 +131,27 @@ class Page:
         return {self.viewer: value or gr.skip()}
 
     def restore(self, visit: Any) -> Updates:
-        """The page was loaded: put back the visitor's photo, settings and results."""
-        known = read_visit(visit)
-        if "world" not in known:
+        """The page was loaded: put back the visitor's photo, settings and results, and watch the unfinished jobs."""
+        world_id = read_visit(visit).get("world")
+        if world_id is None:
             return {self.photo.note: gr.skip()}
-        view, _ = attempt(self.handlers.view_photo, known["world"])
+        view, _ = attempt(self.handlers.view_photo, world_id)
         if view is None:
             return {self.visit: {}}
-        running = any(self._unfinished(known.get(job)) for job in ("video", "lift"))
-        updates = self._photo_updates(view) | self._world_updates(known["world"]) | self._settings(known["world"])
-        if running:
-            updates[self.tabs] = gr.Tabs(selected="world" if self._unfinished(known.get("lift")) else "video")
-            updates[self.video.tab] = gr.Tab(interactive=True)
+        updates = self._photo_updates(view) | self._world_updates(world_id) | self._settings(world_id)
+        running = {tab: self._unfinished(world_id, kind) for tab, kind in self._long_work}
+        updates |= {tab.job: job_id for tab, job_id in running.items()}
+        if job_tabs := [tab for tab, job_id in running.items() if job_id]:
+            updates |= {tab.tab: gr.Tab(interactive=True) for tab in (self.video, *job_tabs)}
+            updates[self.tabs] = gr.Tabs(selected=job_tabs[-1].tab.id)
         return updates
 
+    @property
+    def _long_work(self) -> tuple[tuple[VideoTab | WorldTab, JobKind], ...]:
+        return (self.video, "video"), (self.world, "lift")
+
     def _choose(self, path: str, visit: Visit, credit: str | None) -> Iterator[Updates]:
-        if self._unfinished(visit.get("video")):
+        if any(self._unfinished(visit.get("world", ""), kind) for _, kind in self._long_work):
             yield shown(self.photo.note, message(BUSY, "error"))
             return
         yield shown(self.photo.note, message("Measuring depth and field of view…"))
@@ -159,7 +163,8 @@ class Page:
         session = view.world_id.partition("-")[0]
         updates = self._photo_updates(view, credit) | {self.visit: {"session": session, "world": view.world_id}}
         updates[self.video.tab] = gr.Tab(interactive=False)
-        updates |= shown(self.video.progress, "") | shown(self.world.progress, "")
+        for tab, _ in self._long_work:
+            updates |= {tab.job: None, **shown(tab.progress, "")}
         yield updates | self._world_updates(view.world_id)
 
     def _photo_updates(self, view: PhotoView, credit: str | None = None) -> Updates:
@@ -216,13 +221,9 @@ class Page:
             **({self.viewer: path.viewer} if path else {}),
         }
 
-    def _started(self, visit: Visit, kind: str, progress: gr.HTML, job_id: str | None, error: str | None) -> Updates:
-        """The browser remembers the new job; an error forgets the old one, whose progress would cover the sentence."""
-        kept = {key: value for key, value in visit.items() if key != kind}
-        return {
-            self.visit: kept | ({kind: job_id} if job_id else {}),
-            **shown(progress, message(error, "error") if error else message("Waiting for the device…")),
-        }
+    def _started(self, tab: VideoTab | WorldTab, job_id: str | None, error: str | None) -> Updates:
+        note = message(error, "error") if error else message("Waiting for the device…")
+        return {tab.job: job_id, **shown(tab.progress, note)}
 
     def _watch(
         self, job_id: str | None, progress: gr.HTML, start: gr.Button, cancel: gr.Button
@@ -245,17 +246,18 @@ class Page:
         stopped = job_id is not None and self.handlers.studio.jobs.cancel(job_id)
         return {button: gr.update(interactive=False, value="Cancelling…") if stopped else gr.skip()}
 
-    def _unfinished(self, job_id: str | None) -> bool:
+    def _unfinished(self, world_id: str, kind: JobKind) -> str | None:
+        """The world's newest job, if it still waits or runs."""
+        job_id = self.handlers.studio.latest_job(world_id, kind)
         status = self.handlers.studio.jobs.status(job_id) if job_id else None
-        return status is not None and not status.ended
+        return job_id if status is not None and not status.ended else None
 
 
 def read_visit(value: Any) -> Visit:
     """The entries of a `Visit` in whatever the browser sent."""
     if not isinstance(value, dict):
         return {}
-    keys = ("session", "world", "video", "lift")
-    return {key: value[key] for key in keys if isinstance(value.get(key), str)}
+    return {key: value[key] for key in ("session", "world") if isinstance(value.get(key), str)}
 
 
 def shown(component: gr.HTML, html: str) -> Updates:
@@ -284,20 +286,20 @@ def connect(page: Page, app: gr.Blocks) -> None:
 
     video.sampler.change(lambda sampler: gr.Row(visible=sampler == "full"), video.sampler, video.full_options, **quick)
     start = video.generate.click(page.start_video, visit + camera.choices + video.choices, everything, **quick)
-    start.then(page.watch_video, visit, everything, **watching)
-    video.cancel.click(page.cancel_video, visit, everything, **watching)
+    start.then(page.watch_video, [*visit, video.job], everything, **watching)
+    video.cancel.click(page.cancel_video, video.job, everything, **watching)
 
     lift = world.lift.click(page.start_lift, visit, everything, **quick)
-    lift.then(page.watch_lift, visit, everything, **watching)
-    world.cancel.click(page.cancel_lift, visit, everything, **watching)
+    lift.then(page.watch_lift, [*visit, world.job], everything, **watching)
+    world.cancel.click(page.cancel_lift, world.job, everything, **watching)
     world.tab.select(page.show_splats, visit, everything, **quick)
 
     for button, following in ((photo.onward, "camera"), (camera.onward, "video"), (video.onward, "world")):
         button.click(selecting(following), None, page.tabs, **quick)
 
     loaded = app.load(page.restore, visit, everything, **quick)
-    loaded.then(page.watch_video, visit, everything, **watching)
-    loaded.then(page.watch_lift, visit, everything, **watching)
+    loaded.then(page.watch_video, [*visit, video.job], everything, **watching)
+    loaded.then(page.watch_lift, [*visit, world.job], everything, **watching)
 
 
 def selecting(tab: str) -> Callable[[], gr.Tabs]:

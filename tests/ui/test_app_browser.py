@@ -160,7 +160,7 @@ def test_cancelling_stops_the_walkthrough(visit: Visit) -> None:
 def test_a_walkthrough_goes_on_through_a_reload_and_is_shown(visit: Visit) -> None:
     visit.button("Generate").click()
     summary = visit.page.locator("#lyra-video-progress .lyra-summary")
-    expect(summary).to_be_visible()
+    expect(visit.page.locator("#lyra-video-progress progress").first).to_be_visible()
     visit.page.reload()
     expect(visit.page.locator("#lyra-video-progress progress").first).to_be_visible()
     expect(summary).to_have_text(re.compile("Finished in"), timeout=GENERATING)

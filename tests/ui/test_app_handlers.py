@@ -26,6 +26,7 @@ from lyra.errors import UserError
 from lyra.export.ply import write_splat_ply
 from lyra.export.video import write_video
 from lyra.generation.walkthrough import to_uint8
+from lyra.hub import DEFAULT_MODEL, settings_of
 from lyra.photo import fit_photo, load_photo, output_size
 from lyra.pipeline import LyraPipeline, SeenPhoto
 from lyra.progress import Progress
@@ -45,6 +46,7 @@ class StandIn:
     """Has the methods of `LyraPipeline` that the app calls."""
 
     plan = LyraPipeline.plan
+    parts = SimpleNamespace(settings=settings_of(DEFAULT_MODEL))
 
     def see(self, photo: Any) -> SeenPhoto:
         image = load_photo(photo)
@@ -194,6 +196,8 @@ def test_a_job_can_be_followed_and_its_numbers_are_exact(handlers: Handlers, pho
     world_id = handlers.see_photo(str(photo)).world_id
     path = PathChoice("pan-left", 1, 2)
     job_id = handlers.generate(world_id, path, VideoChoice(guidance_scale=2, sampler="full", steps=20))
+    assert handlers.studio.latest_job(world_id, "video") == job_id, "so a reloaded page finds it"
+    assert handlers.studio.latest_job(world_id, "lift") is None
     statuses = list(handlers.follow(job_id))
     assert statuses[-1].state == "done" and statuses[-1].pictures == 2
     job = handlers.finished(job_id).run["job"]
