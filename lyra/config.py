@@ -39,8 +39,8 @@ class GenerateJob:
     """`dmd`: 4 distilled steps without guidance; `full`: UniPC with guidance."""
     steps: int = 35
     """Denoising steps of the full sampler."""
-    guidance_scale: float = 5.0
-    """Classifier-free guidance of the full sampler."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance of the full sampler; the model's own where none is given."""
     memory: Literal["lyra", "none"] = "lyra"
     """`lyra`: retrieve remembered frames by coverage; `none`: only the temporal history."""
     model: str = "lyra-tiny"

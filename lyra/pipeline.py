@@ -68,8 +68,12 @@ class SeenPhoto:
 class PlannedPath:
     """A camera path and what its check against the photo's depth found."""
 
+    asked: Cameras
+    """The path as the job asks for it."""
     cameras: Cameras
+    """The path that is walked: shortened where the asked one would pass through the scene."""
     report: ClearanceReport
+    """About the asked path."""
 
 
 class LyraPipeline:
@@ -127,10 +131,10 @@ class LyraPipeline:
         """
         height, width = seen.image.shape[-2:]
         if job.trajectory is not None:
-            cameras = relative_to_first(read_trajectory(Path(job.trajectory), frames=job.frames))
-            cameras = cameras[: job.frames].resized(height, width)
+            asked = relative_to_first(read_trajectory(Path(job.trajectory), frames=job.frames))
+            asked = asked[: job.frames].resized(height, width)
         else:
-            cameras = preset_cameras(
+            asked = preset_cameras(
                 job.preset,
                 frames=job.frames,
                 depth=seen.depth,
@@ -139,8 +143,8 @@ class LyraPipeline:
                 image_width=width,
                 strength=float(job.strength),
             )
-        cameras, report = shorten_path(cameras, seen.depth)
-        return PlannedPath(cameras, report)
+        cameras, report = shorten_path(asked, seen.depth)
+        return PlannedPath(asked, cameras, report)
 
     def generate(self, job: GenerateJob, out: Path, progress: Progress) -> World:
         """Make the walkthrough of a job in a world folder, going on from finished chunks.
@@ -150,6 +154,8 @@ class LyraPipeline:
             Cancelled: the listener asked to stop; finished chunks stay.
         """
         progress.chunks, world = job.chunks, World(out)
+        if job.guidance_scale is None:
+            job = replace(job, guidance_scale=self.parts.settings.guidance_scale)
         progress.enter("Photo depth")
         seen = self.see(job.photo)
         planned = self.plan(seen, job)

@@ -1,6 +1,7 @@
 """Paths and golden tensors that many tests use."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
 ROOT = Path(__file__).parent.parent
+DEFAULT_PHOTO = ROOT / "examples" / "photos" / "temple-court.jpg"
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +32,25 @@ def released_shapes() -> dict[str, tuple[int, ...]]:
 def photos() -> list[Path]:
     """The example photos."""
     return sorted((ROOT / "examples" / "photos").glob("*.jpg"))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """The default job, run once by the command line."""
+    from lyra.world import World
+
+    folder = tmp_path_factory.mktemp("worlds") / "temple"
+    command = [
+        sys.executable,
+        "-m",
+        "lyra",
+        "generate",
+        str(DEFAULT_PHOTO),
+        "--preset",
+        "push-in",
+        "--out",
+        str(folder),
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert result.returncode == 0, result.stderr
+    return World.open(folder)

@@ -122,7 +122,7 @@ export class CameraPath {
     const geometry = new LineGeometry();
     geometry.setPositions(this.poses.flatMap(toOpenCv));
     geometry.setColors(this.colours.flatMap((colour) => new Color(colour).toArray()));
-    this.group.add(new Line2(geometry, new LineMaterial({ vertexColors: true, linewidth: 3.5 })));
+    this.group.add(new Line2(geometry, this.#material({ vertexColors: true, linewidth: 3.5 })));
   }
 
   #addFrustum(index) {
@@ -133,7 +133,12 @@ export class CameraPath {
   }
 
   #camera(colour, linewidth) {
-    return new LineSegments2(this.lines, new LineMaterial({ color: colour, linewidth }));
+    return new LineSegments2(this.lines, this.#material({ color: colour, linewidth }));
+  }
+
+  /** An overview shows the path through whatever is before it, so that poses inside the scene are seen. */
+  #material(options) {
+    return new LineMaterial({ ...options, depthTest: !this.path.overview, transparent: Boolean(this.path.overview) });
   }
 
   #place(camera, { position, quaternion }) {

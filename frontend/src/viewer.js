@@ -4,7 +4,9 @@
 // It draws on demand: every change asks for one frame, and an idle viewer draws none.
 
 import { SparkRenderer } from "@sparkjsdev/spark";
-import { Color, Group, PerspectiveCamera, Scene, SRGBColorSpace, Timer, Vector3, WebGLRenderer } from "three";
+import {
+  Color, Group, Matrix4, PerspectiveCamera, Quaternion, Scene, SRGBColorSpace, Timer, Vector3, WebGLRenderer,
+} from "three";
 import { Controls } from "./controls.js";
 import { OPENCV_WORLD, poseFromW2c, verticalFov, w2cFromCameraMatrix } from "./coordinates.js";
 import { Panel } from "./panel.js";
@@ -275,9 +277,23 @@ class Viewer {
   #goToStart() {
     this.#stop();
     this.#fitToScene();
-    this.controls.place(poseFromW2c(startOf(this.value).w2c));
+    this.controls.place(this.#homePose());
     this.path?.moveGhost(this.path.start);
     this.moved = false;
+  }
+
+  /** Where the eye starts: the path's start camera, or a place behind and above it from which the path is seen. */
+  #homePose() {
+    const start = poseFromW2c(startOf(this.value).w2c);
+    if (!startOf(this.value).overview) return start;
+    const depth = this.controls.pivot;
+    const reach = Math.max(this.path.extent, 0.15 * depth);
+    const away = new Vector3(0.5 * reach, 0.6 * reach, 1.3 * reach).applyQuaternion(start.quaternion);
+    const position = start.position.clone().add(away);
+    const target = new Vector3(0, 0, -0.7 * depth).applyQuaternion(start.quaternion).add(start.position);
+    const up = new Vector3(0, 1, 0).applyQuaternion(start.quaternion);
+    const quaternion = new Quaternion().setFromRotationMatrix(new Matrix4().lookAt(position, target, up));
+    return { position, quaternion };
   }
 
   #userMoved() {
@@ -335,10 +351,12 @@ class Viewer {
   }
 }
 
-/** Camera the viewer starts from: `{w2c, fy, height, width}`. */
+/** Camera the viewer starts from: `{w2c, fy, height, width, overview}`. */
 function startOf(value) {
   const path = value?.path;
-  return path ? { w2c: path.w2c[path.start_pose], fy: path.fy, height: path.height, width: path.width } : FIRST_POSE;
+  if (!path) return FIRST_POSE;
+  const { fy, height, width, overview } = path;
+  return { w2c: path.w2c[path.start_pose], fy, height, width, overview };
 }
 
 let mounted = null; // A page has one WebGL context for this viewer: a later mount takes it over.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, UInt8
@@ -75,7 +75,8 @@ class Components:
     """The parts of a model family, ready to run."""
 
     settings: ModelSettings
-    transformer: torch.nn.Module
+    transformer: Any
+    """A `Lyra2Transformer3DModel`, or anything that is called like one and has its configuration."""
     layout: FramePackLayout
     autoencoder: StreamingAutoencoder
     encode_text: Callable[[Sequence[str]], Tensor]
@@ -298,7 +299,7 @@ def denoise(
             velocity(parts.negative_text),
             noise,
             num_inference_steps=job.steps,
-            guidance_scale=job.guidance_scale,
+            guidance_scale=parts.settings.guidance_scale if job.guidance_scale is None else job.guidance_scale,
             flow_shift=parts.settings.flow_shift,
             callback_on_step_end=progress.step,
         )

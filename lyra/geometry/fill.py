@@ -15,7 +15,7 @@ def fill_unseen(images: Float[Tensor, "n c h w"], seen: Bool[Tensor, "n h w"]) -
     """
     weight = seen[:, None].float()
     levels = [(images * weight, weight)]
-    while min(levels[-1][0].shape[-2:]) > 1:
+    while max(levels[-1][0].shape[-2:]) > 1:
         colour, mass = levels[-1]
         levels.append((average_halves(colour), average_halves(mass)))
     colour, mass = levels[-1]

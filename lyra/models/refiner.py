@@ -35,8 +35,8 @@ class SeamRefiner(ModelMixin, ConfigMixin):
             nn.Conv2d(channels, channels, 3, padding=1 + i, dilation=1 + i) for i in range(num_layers)
         )
         self.last = nn.Conv2d(channels, 4 * 16, 3, padding=1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(
         self, generated: Float[Tensor, "n 3 h w"], seen: Float[Tensor, "n 3 h w"], where: Float[Tensor, "n h w"]

@@ -26,9 +26,7 @@ from lyra.progress import Cancelled, Progress
 from lyra.serving.jobs import JobManager
 from lyra.serving.sessions import Sessions
 from lyra.serving.stages import PlannedStage
-from lyra.trajectory.files import read_trajectory, relative_to_first
-from lyra.trajectory.presets import preset_cameras
-from lyra.types import Cameras
+from lyra.trajectory.files import read_trajectory
 from lyra.world import World
 
 BEFORE_CHUNKS = ("Photo depth", "Remember the photo")
@@ -58,15 +56,6 @@ class Seen:
 
     world_id: str
     photo: SeenPhoto
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A path as it was asked for, and as it will be walked."""
-
-    asked: Cameras
-    planned: PlannedPath
-    """Its report is about the path that was asked for."""
 
 
 class Studio:
@@ -144,16 +133,13 @@ class Studio:
             return job
         return replace(job, trajectory=str(self._keep_trajectory(world_id, Path(job.trajectory))))
 
-    def plan(self, world_id: str, job: GenerateJob) -> Plan:
+    def plan(self, world_id: str, job: GenerateJob) -> PlannedPath:
         """The path of a job, as asked for and as it will be walked.
 
         Raises:
             UserError: the world is gone, or the path cannot be used.
         """
-        seen = self.seen(world_id)
-        planned = self.pipeline.plan(seen, job)
-        blocked = planned.report.first_blocked is not None
-        return Plan(asked_cameras(seen, job) if blocked else planned.cameras, planned)
+        return self.pipeline.plan(self.seen(world_id), job)
 
     def generate(self, world_id: str, job: GenerateJob) -> str:
         """Queue a walkthrough and return the id of its job.
@@ -227,27 +213,6 @@ class Studio:
             with writing_to(world.folder):
                 shutil.copyfile(upload, kept)
         return kept
-
-
-def asked_cameras(seen: SeenPhoto, job: GenerateJob) -> Cameras:
-    """The path of a job before anything is shortened.
-
-    Raises:
-        UserError: the preset is unknown or the trajectory file cannot be used.
-    """
-    height, width = seen.image.shape[-2:]
-    if job.trajectory is not None:
-        cameras = read_trajectory(Path(job.trajectory), frames=job.frames)
-        return relative_to_first(cameras).resized(height, width)
-    return preset_cameras(
-        job.preset,
-        frames=job.frames,
-        depth=seen.depth,
-        intrinsics=seen.depth.intrinsics,
-        image_height=height,
-        image_width=width,
-        strength=float(job.strength),
-    )
 
 
 def note_in_run(world: World, status: str | None = None) -> None:

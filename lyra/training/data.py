@@ -1,7 +1,7 @@
 """Rendered views and walks of procedural worlds on disk, and how batches are drawn from them.
 
 `render_stills` and `render_walks` fill a folder and go on where they stopped; the readers map the files, so memory
-stays small. Knows no network.
+stays small. Knows no network. Run with `python -m lyra.training.data`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tyro
 from jaxtyping import Float, UInt8
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -127,3 +128,27 @@ def load_walk(path: Path) -> Walk:
 def to_model_range(rgb: UInt8[Tensor, "*batch h w 3"]) -> Float[Tensor, "*batch 3 h w"]:
     """uint8 pixels to [-1, 1], channels first."""
     return rgb.movedim(-1, -3).float() / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """What to render."""
+
+    out: Path
+    """Gets the folders stills/ and walks/."""
+    stills: int = 4160
+    """Single views, 144 x 256 pixels."""
+    walks: int = 73
+    """Walks of 161 frames, 128 x 224 pixels."""
+    minutes: float = 1e9
+    """Stop after so many minutes of each; a later run goes on."""
+
+
+def main(settings: Rendering) -> None:
+    """Render both."""
+    render_stills(settings.out / "stills", settings.stills, 144, 256, minutes=settings.minutes)
+    render_walks(settings.out / "walks", settings.walks, 161, 128, 224, minutes=settings.minutes)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Rendering))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lyra.diffusion.schedulers import dmd_sigmas, training_sigmas, training_weights
 from lyra.models.text import HashedTextEncoder
-from lyra.models.transformer import Lyra2Transformer3DModel
+from lyra.models.transformer import Lyra2Block, Lyra2Transformer3DModel
 from lyra.training.data import load_walk
 from lyra.training.loop import LoopSettings, TrainingLoop
 from lyra.training.parts import TINY_TRANSFORMER, conditioning_parts
@@ -75,12 +75,16 @@ def initialise(model: Lyra2Transformer3DModel) -> None:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     for block in model.blocks:
-        for layer in (block.camera_encoder, *block.correspondence_encoder):
+        assert isinstance(block, Lyra2Block)
+        squeeze, expand = block.correspondence_encoder
+        for layer in (block.camera_encoder, squeeze, expand):
+            assert isinstance(layer, nn.Linear)
             nn.init.trunc_normal_(layer.weight, std=model.config.dim**-0.5)
     nn.init.zeros_(model.proj_out.weight)
     nn.init.zeros_(model.proj_out.bias)
     base = model.patch_embedding.weight.data.unflatten(1, (-1, 1, 2, 2))
     for embed, segment in zip(model.history_patch_embeddings, model.layout.history, strict=True):
+        assert isinstance(embed, nn.Linear)
         kt, kh, kw = segment.kernel
         spread = base
         for axis, k in ((2, kt), (3, kh), (4, kw)):

@@ -121,14 +121,14 @@ class Handlers:
         """
         plan = self.studio.plan(world_id, self._job(world_id, path, VideoChoice()))
         folder = self.studio.sessions.previews(world_id)
-        write_trajectory(folder / "cameras.npz", plan.planned.cameras)
+        write_trajectory(folder / "cameras.npz", plan.cameras)
         viewer = viewer_value(
             points=Path(published(folder / "points.ply")),
             cameras=plan.asked,
-            blocked=plan.planned.report.blocked.tolist(),
-            keep_view=True,
+            blocked=plan.report.blocked.tolist(),
+            overview=True,
         )
-        return PathView(plan.planned.report.reason, viewer, published(folder / "cameras.npz"))
+        return PathView(plan.report.reason, viewer, published(folder / "cameras.npz"))
 
     def generate(self, world_id: str, path: PathChoice, video: VideoChoice) -> str:
         """Queue a walkthrough and return the id of its job.

@@ -29,7 +29,8 @@ class SceneFile(GradioModel):
     """A file the browser can draw."""
 
     file: FileData
-    """`splats`: an INRIA PLY or an SPZ of version 2 or 3. `points`: what `write_points` writes. All in OpenCV axes."""
+    """`splats`: an INRIA PLY or an SPZ of version 2 or 3. `points`: what
+    `lyra.export.ply.write_point_ply` writes. All in OpenCV axes."""
     kind: Literal["splats", "points"]
 
 
@@ -49,6 +50,8 @@ class ViewerPath(GradioModel):
     """Index into `w2c` of the pose the view starts from."""
     colours: list[str] | None = None
     """Per pose a CSS colour; one colour for all if absent."""
+    overview: bool = False
+    """Start behind and above the path, and draw the path through what is before it."""
 
 
 class ViewerValue(GradioModel):
@@ -71,17 +74,19 @@ def viewer_value(
     start_pose: int = 0,
     fps: float = 16.0,
     keep_view: bool = False,
+    overview: bool = False,
 ) -> dict[str, Any]:
     """Build what a handler returns to a `WorldViewer`.
 
     Args:
         splats: Gaussian scene file (.ply or .spz version 2 or 3). At most one of `splats` and `points` is given.
-        points: point cloud file of `write_points`.
+        points: point cloud file of `lyra.export.ply.write_point_ply`.
         cameras: the walkthrough's camera path, drawn and playable; its `start_pose` is where the view starts.
         blocked: per camera whether something is in its way; such stretches are red.
         start_pose: index into `cameras`.
         fps: frames per second at which the path is played.
         keep_view: leave the visitor's eye where it is although the scene changes.
+        overview: start behind and above the path, and draw the path through what is before it.
     """
     if splats is not None and points is not None:
         raise ValueError("a viewer shows splats or points, not both")
@@ -89,7 +94,7 @@ def viewer_value(
     file = splats if splats is not None else points
     return {
         "scene": None if file is None else {"kind": kind, "path": str(file)},
-        "path": None if cameras is None else _thinned_path(cameras, blocked, start_pose, fps),
+        "path": None if cameras is None else _thinned_path(cameras, blocked, start_pose, fps) | {"overview": overview},
         "keep_view": keep_view,
     }
 
@@ -116,24 +121,6 @@ def _thinned_path(cameras: Cameras, blocked: list[bool] | None, start_pose: int,
         "start_pose": kept.index(range(n)[start_pose]),
         "colours": colours,
     }
-
-
-def write_points(path: Path, xyz: np.ndarray, rgb: np.ndarray) -> Path:
-    """Write a coloured point cloud as the 15-byte-a-point PLY the viewer reads.
-
-    Args:
-        path: file to write, `.ply`.
-        xyz: (n, 3) positions in OpenCV world axes.
-        rgb: (n, 3) uint8 colours.
-    """
-    vertex = np.dtype([("xyz", "<f4", 3), ("rgb", "u1", 3)])
-    points = np.empty(len(xyz), vertex)
-    points["xyz"], points["rgb"] = xyz, rgb
-    positions = "".join(f"property float {axis}\n" for axis in "xyz")
-    colours = "".join(f"property uchar {name}\n" for name in ("red", "green", "blue"))
-    header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(points)}\n{positions}{colours}end_header\n"
-    path.write_bytes(header.encode("ascii") + points.tobytes())
-    return path
 
 
 def _mount_script() -> str:

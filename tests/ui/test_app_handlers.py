@@ -32,7 +32,7 @@ from lyra.pipeline import LyraPipeline, SeenPhoto
 from lyra.progress import Progress
 from lyra.serving.jobs import JobManager
 from lyra.serving.sessions import Sessions
-from lyra.serving.studio import Studio, asked_cameras
+from lyra.serving.studio import Studio
 from lyra.trajectory.files import read_trajectory
 from lyra.types import DepthMap, GaussianScene
 from lyra.ui.app import LAUNCH, build_app
@@ -71,7 +71,7 @@ class StandIn:
             for step in range(4):
                 progress.step(step + 1, 4)
             write_video(world.video_path, frames)
-            world.write_path(asked_cameras(seen, job), {0: torch.ones(4, 4)})
+            world.write_path(self.plan(seen, job).asked, {0: torch.ones(4, 4)})
             progress.enter("Chunk finished", world.video_path)
         world.write_run({"status": "finished", "job": job.to_json()})
         return world

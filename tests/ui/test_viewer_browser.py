@@ -16,8 +16,9 @@ from PIL import Image
 from playwright.sync_api import Page
 from plyfile import PlyData, PlyElement
 
+from lyra.export.ply import write_point_ply
 from lyra.types import Cameras
-from lyra.ui.viewer import BLOCKED_COLOUR, PATH_COLOUR, WorldViewer, viewer_value, write_points
+from lyra.ui.viewer import BLOCKED_COLOUR, PATH_COLOUR, WorldViewer, viewer_value
 
 pytestmark = pytest.mark.browser
 
@@ -88,7 +89,8 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     z = 3 + np.sin(u / 90)
     cloud = np.stack([(u - WIDTH / 2) / FOCAL * z, (v - HEIGHT / 2) / FOCAL * z, z], -1)
     tints = np.stack([u * 255 // WIDTH, v * 255 // HEIGHT, np.full_like(u, 90)], -1)
-    points = write_points(folder / "points.ply", cloud, tints)
+    points = folder / "points.ply"
+    write_point_ply(points, torch.from_numpy(cloud), torch.from_numpy(tints.astype(np.uint8)))
     many = random.normal(size=(52_000, 3)) * 0.8 + [0, 0, 4]
     crowd = write_ply(folder / "crowd.ply", many, random.integers(0, 256, (52_000, 3)), 0.01)
     blocked = [30 <= i < 50 for i in range(81)]

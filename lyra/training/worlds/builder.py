@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 from jaxtyping import Float
@@ -17,6 +18,9 @@ from lyra.training.worlds import layout as lo
 from lyra.training.worlds.bvh import build_bvh
 from lyra.training.worlds.palettes import pick_colour
 from lyra.training.worlds.textures import TextureBank
+
+if TYPE_CHECKING:
+    from typing import Unpack  # Python 3.10 lacks it, and only annotations need it.
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,20 @@ class Material:
     cut_level: float = 0.0
     cut_freq: float = 1.0
     stretch: bool = False
+
+
+class Finish(TypedDict, total=False):
+    """Parts of a ``Material`` besides its texture, tile size and tint; what is left out keeps its default."""
+
+    spec: float
+    emit: float
+    mirror: float
+    bump: float
+    bevel: float
+    cut: int
+    cut_level: float
+    cut_freq: float
+    stretch: bool
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,14 @@ def rotation(yaw: float, pitch: float = 0.0, roll: float = 0.0) -> Float[np.ndar
     return ry @ rx @ rz
 
 
+class Turn(TypedDict, total=False):
+    """Turn of a solid in radians; what is left out is 0."""
+
+    yaw: float
+    pitch: float
+    roll: float
+
+
 @dataclass
 class Builder:
     """Collects solids, lamps, ground and notes of one scene."""
@@ -84,12 +110,12 @@ class Builder:
     region: tuple[float, float, float, float] = (-5.0, 5.0, -5.0, 5.0)
     axis: float | None = None
 
-    def tex(self, category: str, metres: float = 1.0, vary: float = 0.12, **more: object) -> Material:
+    def tex(self, category: str, metres: float = 1.0, vary: float = 0.12, **more: Unpack[Finish]) -> Material:
         """Material from a texture category with a slight random tint."""
         tint = np.exp(self.rng.normal(0, vary)) * (1 + self.rng.normal(0, 0.03, 3))
         return Material(self.bank.pick(self.rng, category), metres, tuple(np.clip(tint, 0.3, 1.4)), **more)
 
-    def colour(self, family: str, category: str = "plain", metres: float = 1.0, **more: object) -> Material:
+    def colour(self, family: str, category: str = "plain", metres: float = 1.0, **more: Unpack[Finish]) -> Material:
         """Material with the pattern of a category (default: plain) in a colour of a palette."""
         tex = self.bank.pick(self.rng, category)
         mean = np.maximum(self.bank.means[tex], 0.05)
@@ -143,16 +169,43 @@ class Builder:
             ]
         )
 
-    def box(self, f: Frame, x: float, up: float, z: float, half: tuple, m: Material, **turn: float) -> None:
+    def box(
+        self,
+        f: Frame,
+        x: float,
+        up: float,
+        z: float,
+        half: tuple[float, float, float],
+        m: Material,
+        **turn: Unpack[Turn],
+    ) -> None:
         """Add a box; see ``add``."""
         self.add(lo.BOX, f, x, up, z, half, m, **turn)
 
-    def ball(self, f: Frame, x: float, up: float, z: float, half: tuple, m: Material, **turn: float) -> None:
+    def ball(
+        self,
+        f: Frame,
+        x: float,
+        up: float,
+        z: float,
+        half: tuple[float, float, float],
+        m: Material,
+        **turn: Unpack[Turn],
+    ) -> None:
         """Add an ellipsoid; see ``add``."""
         self.add(lo.BALL, f, x, up, z, half, m, **turn)
 
     def post(
-        self, f: Frame, x: float, up: float, z: float, radius: float, half: float, m: Material, top: float = 1.0, **turn
+        self,
+        f: Frame,
+        x: float,
+        up: float,
+        z: float,
+        radius: float,
+        half: float,
+        m: Material,
+        top: float = 1.0,
+        **turn: Unpack[Turn],
     ) -> None:
         """Add a round post of half height ``half``; ``top`` is the radius at the top as a share of the base."""
         self.add(lo.CONE, f, x, up, z, (radius, half, radius), m, shape=(top, 1.0), **turn)

@@ -14,13 +14,19 @@ LEAF = 2
 
 
 @njit(cache=True)
-def _area(lo, hi):
+def _area(lo: Float[np.ndarray, "3"], hi: Float[np.ndarray, "3"]) -> float:
     x, y, z = hi[0] - lo[0], hi[1] - lo[1], hi[2] - lo[2]
     return x * y + y * z + z * x
 
 
 @njit(cache=True)
-def _best_split(boxes, order, first, count, sorted_best):
+def _best_split(
+    boxes: Float[np.ndarray, "n 6"],
+    order: Int[np.ndarray, "n"],
+    first: int,
+    count: int,
+    sorted_best: Int[np.ndarray, "n"],
+) -> int:
     """Find the cheapest split of ``order[first:first+count]`` and leave the winning order in ``sorted_best``."""
     best_cost, best_at = np.inf, 0
     right = np.empty(count)
@@ -53,7 +59,13 @@ def _best_split(boxes, order, first, count, sorted_best):
 
 
 @njit(cache=True)
-def _build(boxes, order, node_box, node_first, node_count):
+def _build(
+    boxes: Float[np.ndarray, "n 6"],
+    order: Int[np.ndarray, "n"],
+    node_box: Float[np.ndarray, "m 6"],
+    node_first: Int[np.ndarray, "m"],
+    node_count: Int[np.ndarray, "m"],
+) -> int:
     """Fill the node arrays from the root down; children of a node are stored next to each other."""
     n = boxes.shape[0]
     node_first[0], node_count[0] = 0, n

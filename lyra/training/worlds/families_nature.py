@@ -21,7 +21,8 @@ Grid = Float[np.ndarray, "n n"]
 
 def _axes(n: int, cell: float) -> tuple[Grid, Grid]:
     c = (np.arange(n) - 0.5 * (n - 1)) * cell
-    return tuple(np.meshgrid(c, c))  # type: ignore[return-value]
+    x, z = np.meshgrid(c, c)
+    return x, z
 
 
 def _fractal(rng: np.random.Generator, n: int, cycles: float, ridged: bool = False) -> Grid:

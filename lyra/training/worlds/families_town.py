@@ -24,7 +24,7 @@ def _row_of_houses(b: Builder, side: int, x: float, z0: float, z1: float, gap: f
     base = int(r.integers(1, 5))
     while z < z1:
         width = float(r.uniform(5, 12))
-        storeys = int(max(1, min(6, base + r.integers(-1, 2))))
+        storeys = max(1, min(6, base + int(r.integers(-1, 2))))
         look = ps.house_look(b)
         f = Frame(side * (x + float(r.uniform(0, 0.4))), z + width / 2, -side * math.pi / 2)
         ps.house(b, f, width, float(r.uniform(7, 11)), storeys, look, abs(z + width / 2) < rich_radius)
@@ -106,8 +106,8 @@ def alley(b: Builder) -> None:
         for j in range(4):
             b.box(Frame(0, z), (j - 1.5) * half * 0.45, cloth_up - 0.35, 0, (0.25, 0.35, 0.01), b.tex("fabric", 0.8))
     for _ in range(16):
-        s, z = float(r.choice([-1, 1])), r.uniform(-length * 0.8, length * 0.8)
-        f = Frame(s * (half - 0.3), z, -s * math.pi / 2)
+        side, z = float(r.choice([-1, 1])), r.uniform(-length * 0.8, length * 0.8)
+        f = Frame(side * (half - 0.3), z, -side * math.pi / 2)
         u = r.random()
         if u < 0.4:
             pi.plant(b, f, r.uniform(0.5, 1.2))
@@ -121,7 +121,7 @@ def alley(b: Builder) -> None:
                 b.bulb(f, 0, 2.85, 0.12, 0.1, 3.0 if b.regime == "night" else 0.6, 0.8)
             b.note("wall lamp")
         else:
-            ps.person(b, Frame(s * half * 0.3, z, r.uniform(0, 6)))
+            ps.person(b, Frame(side * half * 0.3, z, r.uniform(0, 6)))
     if r.random() < 0.5:
         ps.stairs(b, Frame(0, r.uniform(6, 10)), 2 * half, int(r.integers(4, 14)), b.tex("ashlar", 1.2))
     b.place = "a narrow alley"
@@ -144,7 +144,7 @@ def square(b: Builder) -> None:
         while x < half - 4 and not open_side:
             width = float(r.uniform(6, 13))
             look = ps.house_look(b)
-            levels = int(max(1, storeys + r.integers(-1, 2)))
+            levels = max(1, storeys + int(r.integers(-1, 2)))
             ps.house(b, side.at(x + width / 2, 0), width, r.uniform(8, 12), levels, look, half < 20)
             x += width + (0.0 if r.random() < 0.7 else r.uniform(2, 6))
         if arcade and not open_side:
@@ -279,7 +279,8 @@ def ruins(b: Builder) -> None:
         f = b.spot(r.uniform(-1, 1) * half * 0.8, r.uniform(-1, 1) * half * 0.8, r.uniform(0, 6))
         ps.column(b, f, r.uniform(2, 5), r.uniform(0.25, 0.45), stone)
     for _ in range(40):
-        f = b.spot(*(r.uniform(-1.3, 1.3, 2) * half), r.uniform(0, 6))
+        x, z = r.uniform(-1.3, 1.3, 2) * half
+        f = b.spot(x, z, r.uniform(0, 6))
         u, s = r.random(), r.uniform(0.2, 0.7)
         if u < 0.4:
             b.add(lo.BOX, f, 0, s * 0.4, 0, (s, s * 0.6, s * 0.8), stone, pitch=r.normal(0, 0.3), roll=r.normal(0, 0.3))

@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from jaxtyping import Float, UInt8
 from numba import njit
 
-from lyra.training.worlds.kernels_trace import FLAGS, grid_value, hash01, noise3
+from lyra.training.worlds.kernels_solids import FLAGS, hash01, noise3
+from lyra.training.worlds.kernels_trace import grid_value
 from lyra.training.worlds.layout import (
     ARCH,
     BALL,
@@ -68,13 +70,16 @@ from lyra.training.worlds.layout import (
     S_ZENITH_G,
     S_ZENITH_R,
     TEXTURE_SIZE,
+    SceneArrays,
 )
 
 OFFSETS = np.array(MIP_OFFSETS, np.int64)
 
 
 @njit(cache=True, fastmath=FLAGS)
-def sample(texels, tex, u, v, footprint):
+def sample(
+    texels: UInt8[np.ndarray, "t texels 3"], tex: int, u: float, v: float, footprint: float
+) -> tuple[float, float, float]:
     """Linear colour of a texture at (u, v) in tiles; footprint is the pixel size in tiles."""
     level = 0
     f = footprint * TEXTURE_SIZE
@@ -97,7 +102,9 @@ def sample(texels, tex, u, v, footprint):
 
 
 @njit(cache=True, fastmath=FLAGS)
-def local_normal(kind, mat, x, y, z):
+def local_normal(
+    kind: int, mat: Float[np.ndarray, "columns"], x: float, y: float, z: float
+) -> tuple[float, float, float]:
     """Outward normal of the unit solid at a surface point (not normalised)."""
     if kind == BALL:
         return x, y, z
@@ -138,7 +145,9 @@ def local_normal(kind, mat, x, y, z):
 
 
 @njit(cache=True, fastmath=FLAGS)
-def bevel(kind, mat, x, y, z, nx, ny, nz):
+def bevel(
+    kind: int, mat: Float[np.ndarray, "columns"], x: float, y: float, z: float, nx: float, ny: float, nz: float
+) -> tuple[float, float, float]:
     """Bend the normal of a box near its edges so that they catch light like rounded ones."""
     radius = mat[M_BEVEL]
     if kind != BOX or radius <= 0:
@@ -156,7 +165,9 @@ def bevel(kind, mat, x, y, z, nx, ny, nz):
 
 
 @njit(cache=True, fastmath=FLAGS)
-def surface_colour(s, i, x, y, z, nx, ny, nz, footprint):
+def surface_colour(
+    s: SceneArrays, i: int, x: float, y: float, z: float, nx: float, ny: float, nz: float, footprint: float
+) -> tuple[float, float, float]:
     """Linear albedo of a primitive at a point of its unit solid with the given unit normal."""
     mat = s.material[i]
     kind = s.kind[i]
@@ -188,7 +199,7 @@ def surface_colour(s, i, x, y, z, nx, ny, nz, footprint):
 
 
 @njit(cache=True, fastmath=FLAGS)
-def ground_colour(s, x, z, footprint):
+def ground_colour(s: SceneArrays, x: float, z: float, footprint: float) -> tuple[float, float, float]:
     """Linear albedo of the ground: two textures mixed by the blend map or by noise."""
     g = s.ground
     ua, ub = 1.0 / g[G_METRES_A], 1.0 / g[G_METRES_B]
@@ -213,7 +224,9 @@ def ground_colour(s, x, z, footprint):
 
 
 @njit(cache=True, fastmath=FLAGS)
-def bump(nx, ny, nz, x, y, z, amount, scale):
+def bump(
+    nx: float, ny: float, nz: float, x: float, y: float, z: float, amount: float, scale: float
+) -> tuple[float, float, float]:
     """Tilt a normal by three values of noise."""
     x, y, z = x * scale, y * scale, z * scale
     nx += amount * (noise3(x, y, z) - 0.5)
@@ -223,7 +236,7 @@ def bump(nx, ny, nz, x, y, z, amount, scale):
 
 
 @njit(cache=True, fastmath=FLAGS)
-def sky_colour(k, dx, dy, dz):
+def sky_colour(k: Float[np.ndarray, "columns"], dx: float, dy: float, dz: float) -> tuple[float, float, float]:
     """Linear radiance of the sky in a unit direction (y down)."""
     up = max(-dy, 0.0)
     w = math.sqrt(up)
@@ -254,7 +267,9 @@ def sky_colour(k, dx, dy, dz):
 
 
 @njit(cache=True, fastmath=FLAGS)
-def world_normal(s, i, x, y, z, wx, wy, wz):
+def world_normal(
+    s: SceneArrays, i: int, x: float, y: float, z: float, wx: float, wy: float, wz: float
+) -> tuple[float, float, float, float, float, float]:
     """Unit normals of a primitive at a local point: geometric and shading, in world axes.
 
     (wx, wy, wz) is the world point, which drives the bump noise.

@@ -9,20 +9,19 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
 from numba import njit
 
 from lyra.training.worlds.kernels_sample import bump, ground_colour, sky_colour, surface_colour, world_normal
+from lyra.training.worlds.kernels_solids import FAR, FLAGS, noise3
 from lyra.training.worlds.kernels_trace import (
     EPS,
-    FAR,
-    FLAGS,
     SLOTS,
     STACK,
     closest_hit,
     closest_solid,
     grid_value,
     is_blocked,
-    noise3,
 )
 from lyra.training.worlds.layout import (
     G_BUMP,
@@ -58,11 +57,14 @@ from lyra.training.worlds.layout import (
     S_UP_G,
     S_UP_R,
     SKY_DEPTH,
+    SceneArrays,
 )
 
 
 @njit(cache=True, fastmath=FLAGS)
-def _surface(s, who, px, py, pz, footprint):
+def _surface(
+    s: SceneArrays, who: int, px: float, py: float, pz: float, footprint: float
+) -> tuple[float, float, float, float, float, float, float, float, float, float, float, float]:
     """Albedo, geometric normal, shading normal, gloss, glow and mirror share at a hit point."""
     if who == GROUND_ID:
         r, g, b = ground_colour(s, px, pz, footprint)
@@ -97,7 +99,7 @@ def _surface(s, who, px, py, pz, footprint):
 
 
 @njit(cache=True, fastmath=FLAGS)
-def _jitter(h1, h2, nx, ny, nz, spread):
+def _jitter(h1: float, h2: float, nx: float, ny: float, nz: float, spread: float) -> tuple[float, float, float]:
     """Unit vector near a normal; spread 1 gives cosine-like directions."""
     phi, c = 6.2831853 * h1, 1.0 - 2.0 * h2
     q = spread * math.sqrt(max(0.0, 1 - c * c))
@@ -107,7 +109,19 @@ def _jitter(h1, h2, nx, ny, nz, spread):
 
 
 @njit(cache=True, fastmath=FLAGS)
-def _lamps(s, ox, oy, oz, nx, ny, nz, h1, h2, full, nodes):
+def _lamps(
+    s: SceneArrays,
+    ox: float,
+    oy: float,
+    oz: float,
+    nx: float,
+    ny: float,
+    nz: float,
+    h1: float,
+    h2: float,
+    full: bool,
+    nodes: Int[np.ndarray, "stack"],
+) -> tuple[float, float, float]:
     """Light of the point lamps arriving at a point, with one shadow ray for each lamp that matters."""
     r = g = b = 0.0
     expo = s.sky[S_EXPOSURE]
@@ -131,7 +145,11 @@ def _lamps(s, ox, oy, oz, nx, ny, nz, h1, h2, full, nodes):
 
 
 @njit(cache=True, fastmath=FLAGS)
-def shade(s, who, ox, oy, oz, dx, dy, dz, t, footprint, h1, h2, full, nodes, entries):
+def shade(
+    s: SceneArrays, who: int, ox: float, oy: float, oz: float, dx: float, dy: float, dz: float, t: float,
+    footprint: float, h1: float, h2: float, full: bool,
+    nodes: Int[np.ndarray, "stack"], entries: Float[np.ndarray, "stack"],
+) -> tuple[float, float, float, float, float, float, float]:  # fmt: skip
     """Linear radiance leaving a hit point towards the eye, and the mirror ray's share and direction."""
     k = s.sky
     px, py, pz = ox + t * dx, oy + t * dy, oz + t * dz
@@ -187,7 +205,9 @@ def shade(s, who, ox, oy, oz, dx, dy, dz, t, footprint, h1, h2, full, nodes, ent
 
 
 @njit(cache=True, fastmath=FLAGS)
-def _fog(s, r, g, b, dx, dy, dz, distance):
+def _fog(
+    s: SceneArrays, r: float, g: float, b: float, dx: float, dy: float, dz: float, distance: float
+) -> tuple[float, float, float]:
     """Mix in the colour of the horizon with distance."""
     k = s.sky
     if k[S_FOG] <= 0:
@@ -201,7 +221,20 @@ def _fog(s, r, g, b, dx, dy, dz, distance):
 
 
 @njit(cache=True, fastmath=FLAGS)
-def radiance(s, ox, oy, oz, dx, dy, dz, cone, h1, h2, nodes, entries):
+def radiance(
+    s: SceneArrays,
+    ox: float,
+    oy: float,
+    oz: float,
+    dx: float,
+    dy: float,
+    dz: float,
+    cone: float,
+    h1: float,
+    h2: float,
+    nodes: Int[np.ndarray, "stack"],
+    entries: Float[np.ndarray, "stack"],
+) -> tuple[float, float, float, float, int]:
     """Linear colour along a unit ray; cone is the width of a pixel per metre of distance. Also the hit distance."""
     t, who = closest_hit(s, ox, oy, oz, dx, dy, dz, EPS, FAR, nodes, entries)
     if who == NOTHING_ID:
@@ -227,7 +260,7 @@ def radiance(s, ox, oy, oz, dx, dy, dz, cone, h1, h2, nodes, entries):
 
 
 @njit(cache=True, fastmath=FLAGS, inline="always")
-def _tone(x):
+def _tone(x: float) -> float:
     """Film-like curve to sRGB in [0, 255]."""
     x = max(x, 0.0)
     x = x * (2.51 * x + 0.03) / (x * (2.43 * x + 0.59) + 0.14)
@@ -235,7 +268,19 @@ def _tone(x):
 
 
 @njit(cache=True, nogil=True, fastmath=FLAGS)
-def render_rows(s, c2w, k_inverse, y0, y1, width, samples, shading, rgb, depth, sky):
+def render_rows(
+    s: SceneArrays,
+    c2w: Float[np.ndarray, "4 4"],
+    k_inverse: Float[np.ndarray, "3 3"],
+    y0: int,
+    y1: int,
+    width: int,
+    samples: int,
+    shading: bool,
+    rgb: UInt8[np.ndarray, "h w 3"],
+    depth: Float[np.ndarray, "h w"],
+    sky: Bool[np.ndarray, "h w"],
+) -> None:
     """Fill rows y0..y1-1 of the image, the z-depth of the centre rays and the sky mask."""
     nodes, entries = np.full(STACK + SLOTS, -1, np.int32), np.empty(STACK)
     ox, oy, oz = c2w[0, 3], c2w[1, 3], c2w[2, 3]

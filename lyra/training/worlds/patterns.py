@@ -7,7 +7,7 @@ about mip levels, banks or scenes (see ``textures``).
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numba import njit
 
 from lyra.training.worlds.layout import TEXTURE_SIZE as N
@@ -56,7 +56,14 @@ def grassy(rng: np.random.Generator, family: str) -> Image:
 
 
 @njit(cache=True)
-def _paint_discs(index, radii, xs, ys, stretch, angle):
+def _paint_discs(
+    index: Int[np.ndarray, "n n"],
+    radii: Float[np.ndarray, "k"],
+    xs: Float[np.ndarray, "k"],
+    ys: Float[np.ndarray, "k"],
+    stretch: float,
+    angle: Float[np.ndarray, "k"],
+) -> None:
     n = index.shape[0]
     for k in range(len(radii)):
         r, c, s = radii[k], np.cos(angle[k]), np.sin(angle[k])
@@ -87,7 +94,9 @@ def dead_leaves(rng: np.random.Generator, family: str, biggest: float, stretch: 
 
 
 @njit(cache=True)
-def _voronoi(xs, ys, n):
+def _voronoi(
+    xs: Float[np.ndarray, "k"], ys: Float[np.ndarray, "k"], n: int
+) -> tuple[Int[np.ndarray, "n n"], Float[np.ndarray, "n n"]]:
     ids, edge = np.zeros((n, n), np.int32), np.zeros((n, n))
     for y in range(n):
         for x in range(n):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lyra.training.worlds import layout as lo
-from lyra.training.worlds.builder import Builder, Frame, Material
+from lyra.training.worlds.builder import Builder, Finish, Frame, Material
 
 
 @dataclass(frozen=True)
@@ -26,21 +26,25 @@ class Flora:
     season: str
 
 
+def _leafy(level: float, frequency: float) -> Finish:
+    """Finish of a surface cut into leaves: share that is cut away, and leaves per metre."""
+    return {"cut": lo.CUT_NOISE, "bump": 0.9, "cut_level": level, "cut_freq": frequency}
+
+
 def make_flora(b: Builder) -> Flora:
     """Draw the plant materials of a scene."""
     season = str(b.rng.choice(["summer", "autumn", "spring"], p=[0.65, 0.2, 0.15]))
-    cut = {"cut": lo.CUT_NOISE, "bump": 0.9}
     kind = "autumn" if season == "autumn" else "leaves"
     crowns = tuple(
-        b.tex(kind, 1.2, 0.25, cut_level=float(b.rng.uniform(0.5, 0.6)), cut_freq=float(b.rng.uniform(3.5, 8.0)), **cut)
+        b.tex(kind, 1.2, 0.25, **_leafy(float(b.rng.uniform(0.5, 0.6)), float(b.rng.uniform(3.5, 8.0))))
         for _ in range(3)
     )
     return Flora(
         b.tex("bark", 0.8),
         crowns,
-        b.colour("foliage", "leaves", 0.8, cut_level=0.5, cut_freq=10.0, **cut),
-        b.tex("leaves", 0.9, 0.25, cut_level=0.48, cut_freq=9.0, **cut),
-        b.tex("grass", 0.6, 0.2, cut_level=0.5, cut_freq=16.0, **cut),
+        b.colour("foliage", "leaves", 0.8, **_leafy(0.5, 10.0)),
+        b.tex("leaves", 0.9, 0.25, **_leafy(0.48, 9.0)),
+        b.tex("grass", 0.6, 0.2, **_leafy(0.5, 16.0)),
         season,
     )
 

@@ -54,7 +54,8 @@ def window(b: Builder, f: Frame, up: float, width: float, height: float, look: H
         b.box(f, 0, up, 0.03, (0.025, height / 2, 0.05), look.frame)
         b.box(f, 0, up - height / 2 - 0.1, 0.06, (width / 2 + 0.12, 0.04, 0.12), look.base)
         if b.rng.random() < 0.25:
-            shutter = replace(look.frame, tint=tuple(0.5 * c for c in look.frame.tint))
+            red, green, blue = look.frame.tint
+            shutter = replace(look.frame, tint=(0.5 * red, 0.5 * green, 0.5 * blue))
             for s in (-1, 1):
                 b.box(f, s * (width * 0.75 + 0.08), up, 0.03, (width / 4, height / 2, 0.03), shutter)
 

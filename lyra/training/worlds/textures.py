@@ -125,8 +125,8 @@ def _photo_crops(rng: np.random.Generator) -> list[tuple[str, np.ndarray]]:
         for _ in range(3):
             side = int(min(h, w) * rng.uniform(0.45, 1.0))
             y, x = int(rng.integers(h - side + 1)), int(rng.integers(w - side + 1))
-            crop = PilImage.fromarray((img[y : y + side, x : x + side] * 255).astype(np.uint8))
-            crop = np.asarray(crop.resize((N, N), PilImage.Resampling.LANCZOS), np.float64) / 255.0
+            piece = PilImage.fromarray((img[y : y + side, x : x + side] * 255).astype(np.uint8))
+            crop = np.asarray(piece.resize((N, N), PilImage.Resampling.LANCZOS), np.float64) / 255.0
             if category in ("grass", "gravel", "brick"):
                 tint = pick_colour(rng, {"gravel": "stone"}.get(category, category))
                 crop = (0.5 + 0.5 * crop / crop.mean()) * tint * 0.9
