@@ -8,16 +8,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def fill_unseen(images: Float[Tensor, "n c h w"], seen: Bool[Tensor, "n h w"]) -> Float[Tensor, "n c h w"]:
-    """Continue colours into unseen areas, coarse to fine (push-pull: Gortler et al. 1996).
+ISOTROPIC_LEVELS = 2
+"""Halvings of both sides before only the width is halved."""
 
-    Each level halves the image, averaging what is seen; going back up, unseen pixels take the coarser level's colour.
+
+def fill_unseen(images: Float[Tensor, "n c h w"], seen: Bool[Tensor, "n h w"]) -> Float[Tensor, "n c h w"]:
+    """Continue values into unseen areas, coarse to fine (push-pull: Gortler et al. 1996).
+
+    Each level averages what is seen over fewer cells; going back up, unseen cells take the coarser level's value. After
+    a few levels only the width is halved, and the height last: scenes are layered, so an unseen cell takes what is seen
+    at its own height (sky beside sky, ground beside ground) where there is any.
     """
     weight = seen[:, None].float()
-    levels = [(images * weight, weight)]
+    levels, kernels = [(images * weight, weight)], []
     while max(levels[-1][0].shape[-2:]) > 1:
         colour, mass = levels[-1]
-        levels.append((average_halves(colour), average_halves(mass)))
+        kernels.append(next_kernel(colour.shape[-2], colour.shape[-1], len(kernels)))
+        levels.append((average_cells(colour, kernels[-1]), average_cells(mass, kernels[-1])))
     colour, mass = levels[-1]
     filled = colour / mass.clamp(min=1e-6)
     for colour, mass in reversed(levels[:-1]):
@@ -28,6 +35,13 @@ def fill_unseen(images: Float[Tensor, "n c h w"], seen: Bool[Tensor, "n h w"]) -
     return torch.where(weight > 0, images, filled)
 
 
-def average_halves(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h2 w2"]:
-    """Average 2x2 blocks; an odd last row or column counts what is there."""
-    return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+def next_kernel(height: int, width: int, level: int) -> tuple[int, int]:
+    """How many cells the next level averages: both sides at first, then the width, then the height."""
+    if level < ISOTROPIC_LEVELS and min(height, width) > 1:
+        return 2, 2
+    return (1, 2) if width > 1 else (2, 1)
+
+
+def average_cells(x: Float[Tensor, "n c h w"], kernel: tuple[int, int]) -> Float[Tensor, "n c h2 w2"]:
+    """Average blocks of cells; an odd last row or column counts what is there."""
+    return F.avg_pool2d(x, kernel, ceil_mode=True, count_include_pad=False)
