@@ -7,7 +7,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-
 ISOTROPIC_LEVELS = 2
 """Halvings of both sides before only the width is halved."""
 
