@@ -19,7 +19,8 @@ def fill_unseen(images: Float[Tensor, "n c h w"], seen: Bool[Tensor, "n h w"]) -
     at its own height (sky beside sky, ground beside ground) where there is any.
     """
     weight = seen[:, None].float()
-    levels, kernels = [(images * weight, weight)], []
+    levels = [(images * weight, weight)]
+    kernels: list[tuple[int, int]] = []
     while max(levels[-1][0].shape[-2:]) > 1:
         colour, mass = levels[-1]
         kernels.append(next_kernel(colour.shape[-2], colour.shape[-1], len(kernels)))
