@@ -107,7 +107,7 @@ def test_doctor_names_the_machine_and_the_models():
 def test_mistakes_get_one_sentence(tmp_path):
     text = tmp_path / "text.jpg"
     text.write_text("not an image")
-    assert_one_sentence(lyra("generate", text, "--out", tmp_path / "w"), "image")
+    assert_one_sentence(lyra("generate", text, "--out", tmp_path / "w"), "picture", "JPEG")
     assert_one_sentence(lyra("generate", tmp_path / "missing.jpg", "--out", tmp_path / "w"), "missing.jpg")
     assert_one_sentence(lyra("generate", PHOTO, "--preset", "pushin", "--out", tmp_path / "w"), "push-in")
     assert_one_sentence(lyra("generate", PHOTO, "--chunks", "9", "--out", tmp_path / "w"), "1 to 6")

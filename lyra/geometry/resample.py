@@ -21,14 +21,17 @@ SURFACE_STRIDE = 2
 TEAR_RATIO = 0.10
 """A quad is torn where its depths differ by more than this share of their mean, beyond what its neighbours do."""
 
+EDGE_TOLERANCE = 1e-5
+"""Barycentric slack that lets a pixel on the edge of two triangles belong to at least one of them."""
+
 
 @dataclass(frozen=True)
 class Surface:
     """A depth map as a grid of vertices in world space."""
 
     points: Float[Tensor, "r c 3"]
-    coordinates: Float[Tensor, "r c 2"]
-    """Source pixel (x, y) of each vertex."""
+    coordinates: Float[Tensor, "r c 3"]
+    """Source pixel (x, y) and z depth in the source of each vertex."""
     quads: Bool[Tensor, "q s"]
     """Which of the (r - 1) x (c - 1) quads are whole."""
 
@@ -49,8 +52,9 @@ def make_surface(depth: Float[Tensor, "h w"], w2c: Float[Tensor, "4 4"], intrins
     rows = torch.tensor([*range(0, height - 1, SURFACE_STRIDE), height - 1])
     columns = torch.tensor([*range(0, width - 1, SURFACE_STRIDE), width - 1])
     points = unproject(depth, w2c, intrinsics)[rows][:, columns]
-    coordinates = pixel_grid(height, width)[rows][:, columns, :2]
-    return Surface(points, coordinates, whole_quads(depth[rows][:, columns]))
+    corner_depth = depth[rows][:, columns]
+    coordinates = torch.cat([pixel_grid(height, width)[rows][:, columns, :2], corner_depth[..., None]], dim=-1)
+    return Surface(points, coordinates, whole_quads(corner_depth))
 
 
 def whole_quads(depth: Float[Tensor, "r c"]) -> Bool[Tensor, "q s"]:
@@ -74,7 +78,11 @@ def whole_quads(depth: Float[Tensor, "r c"]) -> Bool[Tensor, "q s"]:
 def draw_surface(
     surface: Surface, w2c: Float[Tensor, "4 4"], intrinsics: Float[Tensor, "3 3"], height: int, width: int
 ) -> SurfaceView:
-    """Rasterise a surface with a z-buffer; coordinates are interpolated perspective-correctly."""
+    """Rasterise a surface with a z-buffer.
+
+    Over a triangle, source coordinates times source depth are linear in space, so they are interpolated
+    perspective-correctly and divided by the source depth at the end: exact for planes seen from anywhere.
+    """
     from lyra.geometry.resample_kernels import draw_quads
 
     camera = surface.points @ w2c[:3, :3].T + w2c[:3, 3]
@@ -107,8 +115,9 @@ def draw_surface_reference(
             weights = (grid - corner[0]) @ torch.linalg.inv(edges).T
             share = torch.cat([1 - weights.sum(-1, keepdim=True), weights], dim=-1)
             depth = 1 / (share @ inverse_z)
-            closer = (share >= -1e-9).all(-1) & (depth < out[..., 2])
-            uv = (share * inverse_z) @ source * depth[..., None]
+            closer = (share >= -EDGE_TOLERANCE).all(-1) & (depth < out[..., 2])
+            weight = share * inverse_z * source[:, 2]
+            uv = weight @ source[:, :2] / weight.sum(-1, keepdim=True)
             out[closer] = torch.cat([uv, depth[..., None]], dim=-1)[closer]
     return SurfaceView(out[..., :2].float(), out[..., 2].float())
 

@@ -7,6 +7,9 @@ import math
 import numba
 import numpy as np
 
+EDGE = 1e-5
+"""`lyra.geometry.resample.EDGE_TOLERANCE`, repeated because numba compiles its value in."""
+
 
 @numba.njit(cache=True, nogil=True, fastmath=False)
 def draw_quads(vertices: np.ndarray, coordinates: np.ndarray, quads: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -45,11 +48,15 @@ def draw_quads(vertices: np.ndarray, coordinates: np.ndarray, quads: np.ndarray,
                         s1 = ((x - x0) * (y2 - y0) - (x2 - x0) * (y - y0)) * scale
                         s2 = ((x1 - x0) * (y - y0) - (x - x0) * (y1 - y0)) * scale
                         s0 = 1.0 - s1 - s2
-                        if s0 < -1e-5 or s1 < -1e-5 or s2 < -1e-5:
+                        if s0 < -EDGE or s1 < -EDGE or s2 < -EDGE:
                             continue
                         depth = 1.0 / (s0 * i0 + s1 * i1 + s2 * i2)
                         if depth < out[y, x, 2]:
-                            w0, w1, w2 = s0 * i0 * depth, s1 * i1 * depth, s2 * i2 * depth
+                            w0 = s0 * i0 * coordinates[r0, c0, 2]
+                            w1 = s1 * i1 * coordinates[r1, c1, 2]
+                            w2 = s2 * i2 * coordinates[r2, c2, 2]
+                            scale_w = 1.0 / (w0 + w1 + w2)
+                            w0, w1, w2 = w0 * scale_w, w1 * scale_w, w2 * scale_w
                             out[y, x, 0] = (
                                 w0 * coordinates[r0, c0, 0] + w1 * coordinates[r1, c1, 0] + w2 * coordinates[r2, c2, 0]
                             )

@@ -104,7 +104,7 @@ def test_drawing_from_the_same_camera_gives_the_image_back():
     source = torch.where(view.depth.isfinite(), 0, -1).to(torch.int32)
     again = resample(image[None], view.coordinates, source)
     assert view.depth[inner].isfinite().all()
-    assert (again[:, 1:-1, 1:-1] - image[:, 1:-1, 1:-1]).abs().max() < 1e-2
+    assert (again[:, 1:-1, 1:-1] - image[:, 1:-1, 1:-1]).abs().max() < 2e-3
 
 
 def test_a_plane_stays_whole_up_to_the_horizon_and_an_edge_tears():
