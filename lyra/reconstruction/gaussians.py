@@ -25,8 +25,9 @@ BLOCK = 2
 SAME_SURFACE = 0.12
 """A pixel within this share of an earlier frame's depth shows the same surface."""
 OPACITY = 0.95
-FOOTPRINT_SIGMA = 0.5
-"""Standard deviation of a Gaussian in units of the distance between neighbouring ones."""
+FOOTPRINT_SIGMA = 0.65
+"""Standard deviation of a Gaussian in units of the distance between neighbouring ones; four of opacity 0.95 then cover
+their common corner by 95 %."""
 THINNESS = 0.15
 """Thickness along the normal, as a share of the smaller tangential deviation."""
 SKY_DISTANCE = 6.0

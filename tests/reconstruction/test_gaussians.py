@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lyra.geometry.resample import make_surface
-from lyra.reconstruction.gaussians import LiftedFrame, lift, new_pixels
+from lyra.reconstruction.gaussians import FOOTPRINT_SIGMA, LiftedFrame, lift, new_pixels
 
 HEIGHT, WIDTH = 48, 64
 K = torch.tensor([[50.0, 0, 31.5], [0, 50.0, 23.5], [0, 0, 1]])
@@ -37,7 +37,7 @@ def test_one_gaussian_for_each_block_on_the_surface_with_its_colour():
 def test_discs_lie_in_the_wall_and_overlap_their_neighbours():
     scene = lift([wall_frame()], nothing)
     spacing = 4.0 * 2 / 50
-    assert torch.allclose(scene.scales[:, :2], torch.full((len(scene), 2), 0.5 * spacing), rtol=0.02)
+    assert torch.allclose(scene.scales[:, :2], torch.full((len(scene), 2), FOOTPRINT_SIGMA * spacing), rtol=0.02)
     assert (scene.scales[:, 2] < scene.scales[:, 0] / 3).all()
     assert torch.allclose(scene.quats.norm(dim=-1), torch.ones(len(scene)), atol=1e-5)
 
