@@ -69,11 +69,6 @@ def from_released_autoencoder(weights: Mapping[str, Tensor]) -> dict[str, Tensor
     return {from_released_autoencoder_name(name): tensor for name, tensor in weights.items()}
 
 
-def released_autoencoder_names(names: list[str]) -> dict[str, str]:
-    """For diffusers' names, the released name of each; the inverse of `from_released_autoencoder_name`."""
-    return {to_released_autoencoder_name(name): name for name in names}
-
-
 def to_released_autoencoder_name(name: str) -> str:
     """Released name of a parameter of AutoencoderKLWan.
 

@@ -53,8 +53,16 @@ def main(settings: Assembly) -> None:
         shutil.rmtree(target, ignore_errors=True)
         model = part.from_pretrained(getattr(settings, name)).half()  # type: ignore[attr-defined]
         model.save_pretrained(target, max_shard_size=LARGEST_SHARD)
+        forget_origin(target / "config.json")
     text = json.dumps(dataclasses.asdict(TINY_SETTINGS), indent=2) + "\n"
     (settings.out / "lyra.json").write_text(text, encoding="utf-8")
+
+
+def forget_origin(path: Path) -> None:
+    """Remove the folder that a configuration was loaded from, which means nothing elsewhere."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values.pop("_name_or_path", None)
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
