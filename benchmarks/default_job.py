@@ -21,9 +21,7 @@ import torch
 from lyra.device import usable_cores
 from lyra.export.ply import read_splat_ply
 from lyra.generation.walkthrough import from_uint8
-from lyra.geometry.resample import draw_surface, make_surface, resample
-from lyra.metrics.image import laplacian_energy, psnr_db
-from lyra.pipeline import LyraPipeline
+from lyra.metrics.image import kept_detail, psnr_db
 from lyra.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,36 +51,23 @@ def command_seconds(*arguments: str) -> float:
     return time.perf_counter() - started
 
 
-def kept_detail(world: World) -> float:
-    """Laplacian energy in the last frame over that of a bicubic warp of the photo, where the photo shows the frame."""
-    pipeline = LyraPipeline.from_pretrained()
-    photo = from_uint8(world.video[0])
-    seen = pipeline.see(world.photo_path)
-    cameras = world.cameras
-    height, width = photo.shape[-2:]
-    depth = torch.nn.functional.interpolate(1 / world.depth[0][None, None], (height, width), mode="bilinear")
-    surface = make_surface((1 / depth)[0, 0], cameras.w2c[0], cameras.intrinsics[0])
-    view = draw_surface(surface, cameras.w2c[-1], cameras.intrinsics[-1], height, width)
-    source = torch.where(view.depth.isfinite(), 0, -1).to(torch.int32)
-    exact = resample(seen.image[None], view.coordinates, source)
-    where = torch.nn.functional.max_pool2d((source < 0)[None].float(), 17, stride=1, padding=8)[0] < 0.5
-    return laplacian_energy(from_uint8(world.video[-1]), where) / laplacian_energy(exact, where)
-
-
 def measure(photo: Path, folder: Path) -> Measurement:
     """Run the default job and lift it, each in a process of its own."""
     generate = command_seconds("generate", str(photo), "--out", str(folder))
     lifting = command_seconds("reconstruct", str(folder))
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     world = World.open(folder)
+    photo_seen, video = from_uint8(photo_pixels(world)), from_uint8(world.video[[0, -1]])
     return Measurement(
         photo=photo.name,
         generate_seconds=round(generate, 1),
         peak_memory_gib=round(peak, 2),
         reconstruct_seconds=round(lifting, 1),
         splats=len(read_splat_ply(world.scene_path)),
-        first_frame_psnr_db=round(psnr_db(from_uint8(world.video[0]), from_uint8(photo_pixels(world)), 2.0), 1),
-        kept_laplacian_share=round(kept_detail(world), 2),
+        first_frame_psnr_db=round(psnr_db(video[0], photo_seen, 2.0), 1),
+        kept_laplacian_share=round(
+            kept_detail(photo_seen, video[1], world.depth[0], world.cameras), 2
+        ),
         stage_seconds=world.run["stage_seconds"],
     )
 

@@ -69,6 +69,10 @@ class GenerateJob:
         """Frames of the finished video: the photo and 80 per chunk."""
         return 1 + CHUNK_FRAMES * self.chunks
 
+    def guidance(self, settings: ModelSettings) -> float:
+        """The job's guidance, or the model's own where the job gives none."""
+        return settings.guidance_scale if self.guidance_scale is None else self.guidance_scale
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, ready for json.dump."""
         return dataclasses.asdict(self)

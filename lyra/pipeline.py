@@ -154,8 +154,7 @@ class LyraPipeline:
             Cancelled: the listener asked to stop; finished chunks stay.
         """
         progress.chunks, world = job.chunks, World(out)
-        if job.guidance_scale is None:
-            job = replace(job, guidance_scale=self.parts.settings.guidance_scale)
+        job = replace(job, guidance_scale=job.guidance(self.parts.settings))
         progress.enter("Photo depth")
         seen = self.see(job.photo)
         planned = self.plan(seen, job)

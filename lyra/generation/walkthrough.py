@@ -299,7 +299,7 @@ def denoise(
             velocity(parts.negative_text),
             noise,
             num_inference_steps=job.steps,
-            guidance_scale=parts.settings.guidance_scale if job.guidance_scale is None else job.guidance_scale,
+            guidance_scale=job.guidance(parts.settings),
             flow_shift=parts.settings.flow_shift,
             callback_on_step_end=progress.step,
         )

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from lyra.geometry.cameras import pixel_grid, unproject
 
@@ -23,6 +24,12 @@ TEAR_RATIO = 0.10
 
 EDGE_TOLERANCE = 1e-5
 """Barycentric slack that lets a pixel on the edge of two triangles belong to at least one of them."""
+
+
+def enlarge_depth(depth: Float[Tensor, "h w"], size: tuple[int, int]) -> Float[Tensor, "h2 w2"]:
+    """Depth at a larger size; inverse depth is interpolated, because that is what varies linearly over planes."""
+    inverse = F.interpolate(1 / depth[None, None].clamp(min=1e-6), size, mode="bilinear")
+    return (1 / inverse)[0, 0]
 
 
 @dataclass(frozen=True)

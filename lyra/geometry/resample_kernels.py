@@ -7,8 +7,7 @@ import math
 import numba
 import numpy as np
 
-EDGE = 1e-5
-"""`lyra.geometry.resample.EDGE_TOLERANCE`, repeated because numba compiles its value in."""
+from lyra.geometry.resample import EDGE_TOLERANCE
 
 
 @numba.njit(cache=True, nogil=True, fastmath=False)
@@ -48,7 +47,7 @@ def draw_quads(vertices: np.ndarray, coordinates: np.ndarray, quads: np.ndarray,
                         s1 = ((x - x0) * (y2 - y0) - (x2 - x0) * (y - y0)) * scale
                         s2 = ((x1 - x0) * (y - y0) - (x - x0) * (y1 - y0)) * scale
                         s0 = 1.0 - s1 - s2
-                        if s0 < -EDGE or s1 < -EDGE or s2 < -EDGE:
+                        if s0 < -EDGE_TOLERANCE or s1 < -EDGE_TOLERANCE or s2 < -EDGE_TOLERANCE:
                             continue
                         depth = 1.0 / (s0 * i0 + s1 * i1 + s2 * i2)
                         if depth < out[y, x, 2]:

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from lyra.geometry.resample import Surface, draw_surface, make_surface, resample
+from lyra.geometry.resample import Surface, draw_surface, enlarge_depth, make_surface, resample
 from lyra.types import Cameras
 
 DEPTH_SLACK = 0.08
@@ -53,9 +53,7 @@ def remember_pixels(
     """A frame with depth, ready to be drawn; the depth map may be smaller than the image."""
     height, width = image.shape[-2:]
     if depth.shape != (height, width):
-        # Inverse depth is what varies linearly over planes, so it is what is interpolated.
-        inverse = F.interpolate(1 / depth[None, None].clamp(min=1e-6), (height, width), mode="bilinear")
-        depth = 1 / inverse[0, 0]
+        depth = enlarge_depth(depth, (height, width))
     return SeenFrame(image, make_surface(depth, w2c, intrinsics))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lyra.geometry.cameras import unproject
-from lyra.geometry.resample import Surface, draw_surface, make_surface
+from lyra.geometry.resample import Surface, draw_surface, enlarge_depth, make_surface
 from lyra.geometry.rotations import matrix_to_quaternion
 from lyra.types import Cameras, GaussianScene
 
@@ -160,6 +160,6 @@ def lifted_frames(
     frames = []
     for i in ids:
         height, width = images[i].shape[-2:]
-        inverse = F.interpolate(1 / depths[i][None, None].clamp(min=1e-6), (height, width), mode="bilinear")
-        frames.append(LiftedFrame(images[i], (1 / inverse)[0, 0], cameras.w2c[i], cameras.intrinsics[i]))
+        depth = enlarge_depth(depths[i], (height, width))
+        frames.append(LiftedFrame(images[i], depth, cameras.w2c[i], cameras.intrinsics[i]))
     return frames
