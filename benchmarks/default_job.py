@@ -65,9 +65,7 @@ def measure(photo: Path, folder: Path) -> Measurement:
         reconstruct_seconds=round(lifting, 1),
         splats=len(read_splat_ply(world.scene_path)),
         first_frame_psnr_db=round(psnr_db(video[0], photo_seen, 2.0), 1),
-        kept_laplacian_share=round(
-            kept_detail(photo_seen, video[1], world.depth[0], world.cameras), 2
-        ),
+        kept_laplacian_share=round(kept_detail(photo_seen, video[1], world.depth[0], world.cameras), 2),
         stage_seconds=world.run["stage_seconds"],
     )
 
