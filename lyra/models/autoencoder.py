@@ -119,7 +119,7 @@ class TinyCausalAutoencoder(ModelMixin, ConfigMixin):
 
     def encode_piece(self, frames: Float[Tensor, "b 3 t h w"], cache: Cache) -> Float[Tensor, "b z t4 h w"]:
         """Normalised latents of the next frames of a video; one frame (the first) or a multiple of four."""
-        x = frames.transpose(1, 2)
+        x = frames.transpose(1, 2).to(self.dtype)
         if not cache:
             # The first latent stands for one frame: that frame, held for the four frames of a latent.
             x = torch.cat([x[:, :1].expand(-1, 4, -1, -1, -1), x[:, 1:]], dim=1)
@@ -128,7 +128,7 @@ class TinyCausalAutoencoder(ModelMixin, ConfigMixin):
     def decode_piece(self, latents: Float[Tensor, "b z t h w"], cache: Cache) -> Float[Tensor, "b 3 t4 h w"]:
         """Frames of the next latents of a video, not clamped; the first latent gives one frame, the others four."""
         first = not cache
-        x = self.decoder((latents * self.std + self.mean).transpose(1, 2), cache).transpose(1, 2)
+        x = self.decoder((latents.to(self.dtype) * self.std + self.mean).transpose(1, 2), cache).transpose(1, 2)
         return x[:, :, 3:] if first else x
 
 

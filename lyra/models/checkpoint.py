@@ -6,11 +6,14 @@ an error: nothing is dropped silently.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 COUNTER_PREFIX = "accum_"
 """Training counters in the released file; they are not parameters."""
@@ -60,27 +63,62 @@ def from_released_name(name: str) -> str:
     raise KeyError(f"the released checkpoint has a parameter '{name}' that this transformer does not know")
 
 
+def is_parameter(name: str) -> bool:
+    """Whether a released entry is a parameter and not a training counter or a state of NVIDIA's kernels."""
+    return re.search(rf"^(net\.)?{COUNTER_PREFIX}|_extra_state$", name) is None
+
+
 def from_released(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A released transformer state dict under this project's names; counters and kernel states are left out."""
-    ignored = re.compile(rf"^(net\.)?{COUNTER_PREFIX}|_extra_state$")
-    return {from_released_name(name): tensor for name, tensor in weights.items() if not ignored.search(name)}
+    return {from_released_name(name): tensor for name, tensor in weights.items() if is_parameter(name)}
+
+
+class WrongWeights(ValueError):
+    """Weights do not fit a model; `problems` lists every one, the message the first few."""
+
+    SHOWN = 12
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        more = len(problems) - self.SHOWN
+        shown = "; ".join(problems[: self.SHOWN]) + (f"; and {more} more" if more > 0 else "")
+        super().__init__(f"{len(problems)} weights do not fit the model: {shown}")
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Name and shape of parameters."""
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a state dict."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def check_shapes(expected: Shapes, found: Shapes) -> None:
+    """Names and shapes must agree exactly.
+
+    Raises:
+        WrongWeights: names are missing, unexpected or misshapen.
+    """
+    problems = [f"missing {name} {list(expected[name])}" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"unexpected {name} {list(found[name])}" for name in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"{name} is {list(found[name])}, not {list(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if tuple(expected[name]) != tuple(found[name])
+    ]
+    if problems:
+        logger.info("weights that do not fit: %s", "; ".join(problems))
+        raise WrongWeights(problems)
 
 
 def load_strictly(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load weights that must match the model name for name and shape for shape.
 
     Raises:
-        ValueError: names are missing, unexpected or misshapen; the message lists them.
+        WrongWeights: names are missing, unexpected or misshapen.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    problems = [f"missing {name} {list(expected[name])}" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"unexpected {name} {list(found[name])}" for name in sorted(found.keys() - expected.keys())]
-    problems += [
-        f"{name} is {list(found[name])}, not {list(expected[name])}"
-        for name in sorted(expected.keys() & found.keys())
-        if expected[name] != found[name]
-    ]
-    if problems:
-        raise ValueError(f"{len(problems)} weights do not fit the model: " + "; ".join(problems))
-    model.load_state_dict(dict(weights), strict=True)
+    check_shapes(shapes_of(model.state_dict()), shapes_of(weights))
+    # A model on the meta device has no storage to copy into: it takes the tensors themselves.
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    model.load_state_dict(dict(weights), strict=True, assign=on_meta)

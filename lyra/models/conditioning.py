@@ -5,32 +5,26 @@ Parameter names follow diffusers' WanTimeTextImageEmbedding. Knows neither encod
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-@dataclass(frozen=True)
-class Context:
-    """Embedded conditions of one forward pass."""
+class Float32Linear(nn.Linear):
+    """A linear map that computes in float32 whatever the dtype of its weights (released code: autocast to float32)."""
 
-    time: Float[Tensor, "b d"]
-    """Timestep embedding, float32."""
-    modulation: Float[Tensor, "b 6 d"]
-    """Shift, scale and gate of attention and feed-forward, float32."""
-    text: Float[Tensor, "b l d"]
-    image: Float[Tensor, "b m d"]
+    def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        """The linear map, in float32."""
+        return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
 class TwoLinears(nn.Module):
     """Two linear maps named as in diffusers' embedders; the activation is the caller's."""
 
-    def __init__(self, inputs: int, dim: int) -> None:
+    def __init__(self, inputs: int, dim: int, linear: type[nn.Linear] = nn.Linear) -> None:
         super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(inputs, dim), nn.Linear(dim, dim)
+        self.linear_1, self.linear_2 = linear(inputs, dim), linear(dim, dim)
 
 
 class Projection(nn.Module):
@@ -76,20 +70,20 @@ class ConditionEmbedder(nn.Module):
     def __init__(self, dim: int, text_dim: int, freq_dim: int, image_dim: int) -> None:
         super().__init__()
         self.freq_dim = freq_dim
-        self.time_embedder = TwoLinears(freq_dim, dim)
-        self.time_proj = nn.Linear(dim, dim * 6)
+        self.time_embedder = TwoLinears(freq_dim, dim, Float32Linear)
+        self.time_proj = Float32Linear(dim, dim * 6)
         self.text_embedder = TwoLinears(text_dim, dim)
         self.image_embedder = ImageEmbedder(image_dim, dim)
 
-    def forward(
-        self, timestep: Float[Tensor, "b"], text: Float[Tensor, "b l e"], image: Float[Tensor, "b m f"]
-    ) -> Context:
-        """All conditions; the time path runs in float32 whatever the weights' dtype (released code)."""
+    def embed_time(self, timestep: Float[Tensor, "b"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b 6 d"]]:
+        """Timestep embedding and the modulation of the blocks, both float32 (released code)."""
         e = timestep_embedding(timestep, self.freq_dim)
-        e = linear_fp32(self.time_embedder.linear_2, F.silu(linear_fp32(self.time_embedder.linear_1, e)))
-        modulation = linear_fp32(self.time_proj, F.silu(e)).unflatten(-1, (6, -1))
-        text = self.text_embedder.linear_2(F.gelu(self.text_embedder.linear_1(text), approximate="tanh"))
-        return Context(e, modulation, text, self.image_embedder(image))
+        e = self.time_embedder.linear_2(F.silu(self.time_embedder.linear_1(e)))
+        return e, self.time_proj(F.silu(e)).unflatten(-1, (6, -1))
+
+    def embed_text(self, text: Float[Tensor, "b l e"]) -> Float[Tensor, "b l d"]:
+        """Text tokens in the transformer's width."""
+        return self.text_embedder.linear_2(F.gelu(self.text_embedder.linear_1(text), approximate="tanh"))
 
 
 def timestep_embedding(timestep: Float[Tensor, "b"], dim: int) -> Float[Tensor, "b d"]:
@@ -98,8 +92,3 @@ def timestep_embedding(timestep: Float[Tensor, "b"], dim: int) -> Float[Tensor, 
     exponents = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
     angles = timestep.double()[:, None] * 10000.0**-exponents
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
-
-
-def linear_fp32(layer: nn.Linear, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
-    """Apply a linear layer in float32 whatever the dtype of its weights."""
-    return F.linear(x.float(), layer.weight.float(), layer.bias.float())

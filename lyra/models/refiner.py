@@ -74,6 +74,7 @@ class SeamRefiner(ModelMixin, ConfigMixin):
     ) -> Float[Tensor, "n 3 h w"]:
         """Join many frames, a few at a time; `check(done, all)` is called between."""
         parts, step = [], 8
+        generated, seen, where = (x.to(self.dtype) for x in (generated, seen, where))
         for start in range(0, len(generated), step):
             piece = slice(start, start + step)
             parts.append(self(generated[piece], seen[piece], where[piece]).clamp(-1, 1))

@@ -53,9 +53,9 @@ def packed_angles(layout: FramePackLayout, rows: int, columns: int, head_dim: in
     return torch.cat([segment_angles(segment, rows, columns, head_dim) for segment in segments])
 
 
-def apply_rotary(x: Float[Tensor, "b heads n d"], angles: Float[Tensor, "n half"]) -> Float[Tensor, "b heads n d"]:
+def apply_rotary(x: Float[Tensor, "b n heads d"], angles: Float[Tensor, "n half"]) -> Float[Tensor, "b n heads d"]:
     """Rotate interleaved pairs (2i, 2i + 1) in float32 and return the input's dtype."""
     pairs = x.float().unflatten(-1, (-1, 2))
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     a, b = pairs.unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)

@@ -15,12 +15,15 @@ from torch import Tensor
 Cache = dict[str, Any]
 """What a causal autoencoder remembers between pieces; empty at the start of a video."""
 
+LISTS = "features"
+"""How names of cache entries begin that are lists, one element for each causal convolution."""
+
 PIECE_LATENTS = 4
 """Latents per piece of a long encode or decode, which bounds memory."""
 
 
 class StreamingAutoencoder(Protocol):
-    """A causal video autoencoder with normalised latents."""
+    """A causal video autoencoder with normalised latents; inputs of any number format are cast to its own."""
 
     spatial_stride: int
     temporal_stride: int
@@ -51,7 +54,7 @@ class StreamingWanAutoencoder:
     @torch.no_grad()
     def encode_piece(self, frames: Float[Tensor, "b 3 t h w"], cache: Cache) -> Float[Tensor, "b z t4 h2 w2"]:
         """Latents of the next frames."""
-        start, latents = 0, []
+        start, latents, frames = 0, [], frames.to(self.vae.dtype)
         while start < frames.shape[2]:
             size = 1 if not cache else self.temporal_stride
             features = cache.setdefault("features", [None] * causal_convolutions(self.vae.encoder))
@@ -64,6 +67,7 @@ class StreamingWanAutoencoder:
     @torch.no_grad()
     def decode_piece(self, latents: Float[Tensor, "b z t h w"], cache: Cache) -> Float[Tensor, "b 3 t4 h2 w2"]:
         """Frames of the next latents, one latent at a time."""
+        latents = latents.to(self.vae.dtype)
         z = self.vae.post_quant_conv(latents * self.std.to(latents) + self.mean.to(latents))
         frames = []
         for index in range(z.shape[2]):
@@ -137,29 +141,42 @@ def same_cache(a: Cache, b: Cache) -> bool:
 
 def cache_tensors(cache: Cache) -> dict[str, Tensor]:
     """A cache as named tensors, for saving; entries that are not tensors are kept under a marker name."""
-    if "features" not in cache:
-        return dict(cache)
     named: dict[str, Tensor] = {}
-    for index, entry in enumerate(cache["features"]):
-        if isinstance(entry, Tensor):
-            named[f"features.{index}"] = entry
-        else:
+    for name, value in cache.items():
+        if isinstance(value, Tensor):
+            named[name] = value
+            continue
+        for index, entry in enumerate(value):
             # Wan's temporal upsampling marks its first use by a word instead of a tensor.
-            named[f"features.{index}.{entry}"] = torch.zeros(1)
+            place = f"{name}.{index}" if isinstance(entry, Tensor) else f"{name}.{index}.{entry}"
+            named[place] = entry if isinstance(entry, Tensor) else torch.zeros(1)
     return named
 
 
 def cache_from_tensors(named: dict[str, Tensor]) -> Cache:
     """The inverse of `cache_tensors`."""
-    if not any(name.startswith("features.") for name in named):
-        return dict(named)
-    entries: dict[int, Any] = {}
+    cache: Cache = {}
+    lists: dict[str, dict[int, Any]] = {}
     for name, tensor in named.items():
-        _, index, *word = name.split(".")
-        entries[int(index)] = tensor if not word else (None if word[0] == "None" else word[0])
-    return {"features": [entries[index] for index in range(len(entries))]}
+        if not name.startswith(LISTS):
+            cache[name] = tensor
+            continue
+        prefix, index, *word = name.split(".")
+        lists.setdefault(prefix, {})[int(index)] = tensor if not word else (None if word[0] == "None" else word[0])
+    return cache | {name: [entries[i] for i in range(len(entries))] for name, entries in lists.items()}
 
 
 def copy_cache(cache: Cache) -> Cache:
     """A cache that can be carried on without changing the original; tensors are shared, never written in place."""
     return {name: list(value) if isinstance(value, list) else value for name, value in cache.items()}
+
+
+def cache_to(cache: Cache, device: torch.device) -> Cache:
+    """A cache with its tensors on a device."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(entry) for entry in value]
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return {name: moved(value) for name, value in cache.items()}

@@ -8,15 +8,17 @@ names follow diffusers' WanTransformer3DModel where it has a counterpart. Knows 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lyra.models.conditioning import ConditionEmbedder, Projection
+from lyra.models.blocks import BlockCache, Lyra2Block, TextCache
+from lyra.models.conditioning import ConditionEmbedder, Float32Linear
 from lyra.models.framepack import (
     RELEASED_LAYOUT,
     FramePackLayout,
@@ -26,103 +28,30 @@ from lyra.models.framepack import (
     patchify,
     pool_tokens,
 )
-from lyra.models.rope import apply_rotary, packed_angles
+from lyra.models.rope import packed_angles
+from lyra.models.token_group import ALONE, TokenGroup
+
+ENCODED_TOKENS = 4096
+"""Tokens whose correspondences are encoded at once."""
 
 
-class SelfAttention(nn.Module):
-    """Full attention over history and targets; queries and keys see one input, values another."""
+@dataclass
+class ChunkCache:
+    """What the transformer computes once per chunk and uses again in every step and guidance branch.
 
-    def __init__(self, dim: int, heads: int, eps: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
+    Exact: none of it depends on the noise or the time. The first forward pass that gets an empty cache fills it; a
+    cache must not outlive its conditions, a change of weights (LoRA), or a pass that failed.
+    """
 
-    def forward(
-        self, query_key: Float[Tensor, "b n d"], value: Float[Tensor, "b n d"], angles: Float[Tensor, "n half"]
-    ) -> Float[Tensor, "b n d"]:
-        """Attention output; `angles` are the rotary angles of the tokens."""
-        q = split_heads(self.norm_q(self.to_q(query_key)), self.heads)
-        k = split_heads(self.norm_k(self.to_k(query_key)), self.heads)
-        v = split_heads(self.to_v(value), self.heads)
-        out = F.scaled_dot_product_attention(apply_rotary(q, angles), apply_rotary(k, angles), v)
-        return self.to_out[0](out.transpose(1, 2).flatten(2))
-
-
-class CrossAttention(nn.Module):
-    """Two separate attentions with the same queries, to text and to the image embedding, summed (Wan 2.1 I2V)."""
-
-    def __init__(self, dim: int, heads: int, eps: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
-        self.add_k_proj, self.add_v_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
-        self.norm_added_k = nn.RMSNorm(dim, eps=eps)
-
-    def forward(
-        self, x: Float[Tensor, "b n d"], text: Float[Tensor, "b l d"], image: Float[Tensor, "b m d"]
-    ) -> Float[Tensor, "b n d"]:
-        """Attention output for tokens x."""
-        q = split_heads(self.norm_q(self.to_q(x)), self.heads)
-        text_k = split_heads(self.norm_k(self.to_k(text)), self.heads)
-        image_k = split_heads(self.norm_added_k(self.add_k_proj(image)), self.heads)
-        out = F.scaled_dot_product_attention(q, text_k, split_heads(self.to_v(text), self.heads))
-        out = out + F.scaled_dot_product_attention(q, image_k, split_heads(self.add_v_proj(image), self.heads))
-        return self.to_out[0](out.transpose(1, 2).flatten(2))
-
-
-class FeedForward(nn.Module):
-    """Linear, tanh-GELU, linear, under diffusers' parameter names."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.net = nn.ModuleList([Projection(dim, hidden), nn.Identity(), nn.Linear(hidden, dim)])
-
-    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """The two-layer map of each token."""
-        return self.net[2](F.gelu(self.net[0](x), approximate="tanh"))
-
-
-class Lyra2Block(nn.Module):
-    """One transformer block (released code); ray and correspondence features bias queries and keys only."""
-
-    def __init__(
-        self, dim: int, heads: int, ffn_dim: int, camera_dim: int, correspondence_dim: int, squeeze: int, eps: float
-    ) -> None:
-        super().__init__()
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / math.sqrt(dim))
-        self.norm1, self.norm3 = (nn.LayerNorm(dim, eps, elementwise_affine=False) for _ in range(2))
-        self.norm2 = nn.LayerNorm(dim, eps)
-        self.attn1, self.attn2 = SelfAttention(dim, heads, eps), CrossAttention(dim, heads, eps)
-        self.ffn = FeedForward(dim, ffn_dim)
-        self.camera_encoder = nn.Linear(camera_dim, dim, bias=False)
-        self.correspondence_encoder = nn.ModuleList(
-            [nn.Linear(correspondence_dim, squeeze, bias=False), nn.Linear(squeeze, dim, bias=False)]
-        )
-
-    def forward(
-        self,
-        x: Float[Tensor, "b n d"],
-        modulation: Float[Tensor, "b 6 d"],
-        camera: Float[Tensor, "b n c"],
-        correspondence: Float[Tensor, "b m e"],
-        correspondence_index: Tensor,
-        text: Float[Tensor, "b l d"],
-        image: Float[Tensor, "b k d"],
-        angles: Float[Tensor, "n half"],
-    ) -> Float[Tensor, "b n d"]:
-        """The block's output; `correspondence` holds only the tokens at `correspondence_index`, the others get none."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table.float() + modulation).chunk(6, dim=1)
-        y = (self.norm1(x).float() * (1 + scale1) + shift1).to(x.dtype)
-        squeezed = self.correspondence_encoder[1](self.correspondence_encoder[0](correspondence))
-        bias = self.camera_encoder(camera).index_add(1, correspondence_index, squeezed)
-        x = x + self.attn1(y + bias, y, angles) * gate1.to(x.dtype)
-        x = x + self.attn2(self.norm2(x), text, image)
-        y = (self.norm3(x).float() * (1 + scale2) + shift2).to(x.dtype)
-        return x + self.ffn(y) * gate2.to(x.dtype)
+    history: Float[Tensor, "b h d"] | None = None
+    """Embedded history tokens."""
+    camera: Float[Tensor, "b n c"] | None = None
+    """This process's share of the ray features."""
+    index: Int[Tensor, "m"] | None = None
+    """Which of this process's tokens have correspondences."""
+    blocks: list[BlockCache] = field(default_factory=list)
+    texts: dict[int, tuple[Tensor, list[TextCache]]] = field(default_factory=dict)
+    """Cross-attention's keys and values by the identity of the text tensor, which is kept so that it stays unique."""
 
 
 class Lyra2Transformer3DModel(ModelMixin, ConfigMixin):
@@ -139,6 +68,10 @@ class Lyra2Transformer3DModel(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = False
     _no_split_modules = ("Lyra2Block",)
+    _repeated_blocks = ("Lyra2Block",)
+    KEPT_PRECISE = ("patch_embedding", "condition_embedder", "norm", "proj_out")
+    """Parts of module names that stay out of float8 storage and 4-bit weights: small, and they decide a lot."""
+    _skip_layerwise_casting_patterns = KEPT_PRECISE
 
     @register_to_config
     def __init__(
@@ -175,8 +108,9 @@ class Lyra2Transformer3DModel(ModelMixin, ConfigMixin):
         )
         self.norm_out = nn.LayerNorm(dim, eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / math.sqrt(dim))
-        self.proj_out = nn.Linear(dim, out_channels * 4)
+        self.proj_out = Float32Linear(dim, out_channels * 4)
         self._angles: dict[tuple[int, int], Tensor] = {}
+        self.token_group = ALONE
 
     def forward(
         self,
@@ -188,8 +122,9 @@ class Lyra2Transformer3DModel(ModelMixin, ConfigMixin):
         text: Float[Tensor, "b l e"],
         image: Float[Tensor, "b m f"],
         timestep: Float[Tensor, "b"],
+        cache: ChunkCache | None = None,
     ) -> Float[Tensor, "b c g h w"]:
-        """Velocity of the target latents.
+        """Velocity of the target latents, float32.
 
         Args:
             hidden_states: clean history latents, then noisy targets.
@@ -200,17 +135,29 @@ class Lyra2Transformer3DModel(ModelMixin, ConfigMixin):
                 history are ignored.
             text: text embedding. image: image embedding.
             timestep: in 0..1000, one for history and targets.
+            cache: kept by the caller over the steps of one chunk, in which only targets, text and time change.
         """
+        cache = ChunkCache() if cache is None else cache
         height, width = hidden_states.shape[-2:]
-        tokens = self.embed_tokens(torch.cat([hidden_states, mask, conditioning], dim=1))
-        camera = self.camera_tokens(rays)
-        encoded, index = self.correspondence_tokens(correspondence)
-        context = self.condition_embedder(timestep, text, image)
-        angles = self.rotary_angles(height, width, tokens.device)
-        for block in self.blocks:
-            tokens = block(tokens, context.modulation, camera, encoded, index, context.text, context.image, angles)
+        x = torch.cat([hidden_states, mask, conditioning], dim=1).to(self.patch_embedding.weight.dtype)
+        if cache.history is None:
+            cache.history = self.embed_history(x)
+        tokens = torch.cat([cache.history, self.embed_targets(x)], dim=1)
+        group = self.token_group.sharing(tokens.shape[1])
+        encoded = self.fill(cache, rays, correspondence, group)
+        time, modulation = self.condition_embedder.embed_time(timestep)
+        _, text_caches = cache.texts.setdefault(id(text), (text, [TextCache() for _ in self.blocks]))
+        text_tokens, image_tokens = self.embed_context(text, image, text_caches[0])
+        angles = self.rotary_angles(height, width, tokens.device)[group.share]
+        tokens = tokens[:, group.share]
+        for block, block_cache, text_cache in zip(self.blocks, cache.blocks, text_caches, strict=True):
+            features = (cache.camera, encoded, cache.index, text_tokens, image_tokens, angles)
+            tokens = block(tokens, modulation, *features, block_cache, text_cache, group)
         target_tokens = self.layout.targets.count * math.ceil(height / 2) * math.ceil(width / 2)
-        out = self.unpatchify(self.head(tokens[:, -target_tokens:], context.time), height, width)
+        if group.size == 1:
+            tokens = tokens[:, -target_tokens:]
+        out = group.gather(self.head(tokens, time), dim=1)[:, -target_tokens:]
+        out = self.unpatchify(out, height, width)
         if self.config.prediction == "residual":
             sigma = (timestep.float() / 1000).view(-1, 1, 1, 1, 1)
             targets = self.layout.targets
@@ -218,14 +165,44 @@ class Lyra2Transformer3DModel(ModelMixin, ConfigMixin):
             out = (hidden_states[:, :, targets.start : targets.stop].float() - sample) / sigma
         return out
 
-    def embed_tokens(self, x: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b n d"]:
-        """Patch-embed each segment with its own linear map; history first, targets last."""
+    def fill(
+        self,
+        cache: ChunkCache,
+        rays: Float[Tensor, "b r t h w"],
+        correspondence: Float[Tensor, "b s t h w"],
+        group: TokenGroup,
+    ) -> Float[Tensor, "b m e"] | None:
+        """Fill an empty cache; returns the encoded correspondences that each block squeezes in the first pass."""
+        if cache.index is not None:
+            return None
+        encoded, index = self.correspondence_tokens(correspondence)
+        cache.camera = self.camera_tokens(rays)[:, group.share].to(self.patch_embedding.weight.dtype)
+        cache.index, part = group.own_index(index)
+        cache.blocks = [BlockCache() for _ in self.blocks]
+        return encoded[:, part]
+
+    def embed_context(
+        self, text: Float[Tensor, "b l e"], image: Float[Tensor, "b m f"], known: TextCache
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Text and image tokens in the transformer's width; None once all blocks have their keys and values."""
+        if known.text is not None:
+            return None, None
+        dtype = self.patch_embedding.weight.dtype
+        embedder = self.condition_embedder
+        return embedder.embed_text(text.to(dtype)), embedder.image_embedder(image.to(dtype))
+
+    def embed_history(self, x: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b h d"]:
+        """Patch-embed each history segment with its own linear map."""
         parts = [
             embed(patchify(x[:, :, segment.start : segment.stop], base_patch(segment)))
             for embed, segment in zip(self.history_patch_embeddings, self.layout.history, strict=True)
         ]
+        return torch.cat(parts, dim=1)
+
+    def embed_targets(self, x: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b g d"]:
+        """Patch-embed the latents to generate."""
         targets = self.layout.targets
-        return torch.cat([*parts, self.patch_embedding(patchify(x[:, :, targets.start : targets.stop], (1, 2, 2)))], 1)
+        return self.patch_embedding(patchify(x[:, :, targets.start : targets.stop], (1, 2, 2)))
 
     def camera_tokens(self, rays: Float[Tensor, "b r t h w"]) -> Float[Tensor, "b n c"]:
         """Ray features of every token; packed tokens get the mean over what they cover."""
@@ -235,7 +212,7 @@ class Lyra2Transformer3DModel(ModelMixin, ConfigMixin):
 
     def correspondence_tokens(
         self, correspondence: Float[Tensor, "b s t h w"]
-    ) -> tuple[Float[Tensor, "b m e"], Tensor]:
+    ) -> tuple[Float[Tensor, "b m e"], Int[Tensor, "m"]]:
         """Sine-cosine encoded coordinates of the spatial-history and target tokens, and those tokens' indices."""
         encoded, indices, first = [], [], 0
         height, width = (math.ceil(size / 2) for size in correspondence.shape[-2:])
@@ -247,12 +224,16 @@ class Lyra2Transformer3DModel(ModelMixin, ConfigMixin):
                 part = correspondence[:, :, segment.start : segment.stop]
                 k = segment.kernel[1]
                 if k > 1:  # Averaged over latent cells before folding, so that one folded token remains per group.
-                    part = F.avg_pool3d(pad_to_multiple(part, (1, 2 * k, 2 * k)).float(), (1, k, k))
+                    part = F.avg_pool3d(pad_to_multiple(part, (1, k, k)).float(), (1, k, k))
                 values = fold_base_tokens(part).flatten(2).transpose(1, 2)
-                encoded.append(sine_cosine(values, self.config.correspondence_frequencies))
+                # In slices, because the float32 encoding of all tokens would be the largest tensor of the pass.
+                encoded += [
+                    sine_cosine(piece, self.config.correspondence_frequencies).to(self.patch_embedding.weight.dtype)
+                    for piece in values.split(ENCODED_TOKENS, dim=1)
+                ]
                 indices.append(torch.arange(first, first + count, device=correspondence.device))
             first += count
-        return torch.cat(encoded, dim=1).to(self.dtype), torch.cat(indices)
+        return torch.cat(encoded, dim=1), torch.cat(indices)
 
     def rotary_angles(self, height: int, width: int, device: torch.device) -> Float[Tensor, "n half"]:
         """Rotary angles of all tokens for a latent size, remembered between calls."""
@@ -267,8 +248,7 @@ class Lyra2Transformer3DModel(ModelMixin, ConfigMixin):
     def head(self, tokens: Float[Tensor, "b n d"], time: Float[Tensor, "b d"]) -> Float[Tensor, "b m p"]:
         """Modulated output projection of the target tokens, in float32 (released code)."""
         shift, scale = (self.scale_shift_table.float() + time[:, None]).chunk(2, dim=1)
-        normed = self.norm_out(tokens.float()) * (1 + scale) + shift
-        return F.linear(normed, self.proj_out.weight.float(), self.proj_out.bias.float())
+        return self.proj_out(self.norm_out(tokens.float()) * (1 + scale) + shift)
 
     def unpatchify(self, x: Float[Tensor, "b m p"], height: int, width: int) -> Float[Tensor, "b c g h w"]:
         """Tokens to latents; inside a token the order is (row, column, channel), channel fastest (released code)."""
@@ -281,11 +261,6 @@ class Lyra2Transformer3DModel(ModelMixin, ConfigMixin):
 def base_patch(segment: Segment) -> tuple[int, int, int]:
     """Latent cells of one token: the packing kernel times the base patch (1, 2, 2)."""
     return segment.kernel[0], segment.kernel[1] * 2, segment.kernel[2] * 2
-
-
-def split_heads(x: Float[Tensor, "b n d"], heads: int) -> Float[Tensor, "b heads n e"]:
-    """Separate the heads and put them before the tokens."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def sine_cosine(values: Float[Tensor, "b n d"], frequencies: int) -> Float[Tensor, "b n e"]:

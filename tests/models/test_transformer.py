@@ -38,7 +38,8 @@ def test_recipe_inputs_are_those_of_the_golden_file(golden, inputs):
 
 def test_tokens_and_rotary_angles_are_the_released_ones(model, golden, inputs):
     full = torch.cat([inputs["x"], inputs["mask"], inputs["cond"]], dim=1)
-    assert (model.embed_tokens(full) - golden["cap.tokens"]).abs().max() < 1e-5
+    tokens = torch.cat([model.embed_history(full), model.embed_targets(full)], dim=1)
+    assert (tokens - golden["cap.tokens"]).abs().max() < 1e-5
     angles = model.rotary_angles(8, 12, torch.device("cpu"))
     assert (angles - golden["cap.freqs"][:, 0, 0]).abs().max() < 1e-5
 
@@ -119,6 +120,6 @@ def test_packed_tokens_are_padded_where_the_latent_does_not_divide():
     model = Lyra2Transformer3DModel(**recipe.TINY).eval()
     given = recipe.transformer_inputs(12, 20)
     full = torch.cat([given["x"], given["mask"], given["cond"]], dim=1)
-    assert model.embed_tokens(full).shape[1] == 1479
+    assert model.embed_history(full).shape[1] + model.embed_targets(full).shape[1] == 1479
     assert model.camera_tokens(given["plucker"]).shape[1] == 1479
     assert model.rotary_angles(12, 20, torch.device("cpu")).shape[0] == 1479
