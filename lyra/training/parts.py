@@ -62,6 +62,6 @@ def conditioning_parts(models: Path) -> tuple[Components, TinyDepthModel]:
         encode_image=lambda image: depth.predict(image).features,
         depth=SeenDepth(depth),
         blend=None,
-        use_sampler=lambda name: None,
+        use_sampler=lambda name, loras: None,
     )
     return parts, depth

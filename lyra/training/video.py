@@ -18,8 +18,9 @@ import tyro
 from torch import Tensor, nn
 
 from lyra.diffusion.schedulers import dmd_sigmas, training_sigmas, training_weights
+from lyra.models.blocks import Lyra2Block
 from lyra.models.text import HashedTextEncoder
-from lyra.models.transformer import Lyra2Block, Lyra2Transformer3DModel
+from lyra.models.transformer import Lyra2Transformer3DModel
 from lyra.training.data import load_walk
 from lyra.training.loop import LoopSettings, TrainingLoop
 from lyra.training.parts import TINY_TRANSFORMER, conditioning_parts
