@@ -54,12 +54,18 @@ def sample_dmd(
     noise: Float[Tensor, "b c t h w"],
     *,
     flow_shift: float,
+    history_slots: int = 0,
     generator: torch.Generator,
     callback_on_step_end: OnStep,
 ) -> Float[Tensor, "b c t h w"]:
     """Four steps: estimate the clean sample, add fresh noise of the next level, and again (released code).
 
-    The released code draws the fresh noise from the device's global generator; here it comes from `generator`.
+    The released code draws the fresh noise from the device's global generator, for history and targets together and
+    with time as the first axis; here it comes from `generator`, in the same order, so that a generator in the state of
+    the released run gives the released numbers.
+
+    Args:
+        history_slots: latents before the targets, for which noise is drawn and not used.
     """
     sigmas = dmd_sigmas(flow_shift)
     state = noise
@@ -67,7 +73,17 @@ def sample_dmd(
         sample = (state.double() - sigma * velocity(state, sigma * TRAIN_TIMESTEPS).double()).float()
         if index + 1 < len(sigmas):
             following = float(sigmas[index + 1])
-            fresh = torch.randn(state.shape, generator=generator, device=generator.device).to(state.device)
+            fresh = fresh_noise(state, history_slots, generator)
             state = (1 - following) * sample + following * fresh
         callback_on_step_end(index + 1, len(sigmas))
     return sample
+
+
+def fresh_noise(
+    state: Float[Tensor, "b c t h w"], history_slots: int, generator: torch.Generator
+) -> Float[Tensor, "b c t h w"]:
+    """Standard normal noise for the targets, drawn with time first and for the history too (released code)."""
+    batch, channels, time, height, width = state.shape
+    shape = (batch, history_slots + time, channels, height, width)
+    noise = torch.randn(shape, generator=generator, device=generator.device)
+    return noise[:, history_slots:].transpose(1, 2).to(state.device)

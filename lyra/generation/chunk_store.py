@@ -25,7 +25,7 @@ from lyra.errors import UserError
 from lyra.export.video import write_video
 from lyra.generation.state import ChunkRecord
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of every key; raised when the loop's numbers change."""
 
 

@@ -77,7 +77,7 @@ def build_inputs(
     """
     chosen = temporal_indices(history_latents.shape[2], layout)
     history = assemble_history(history_latents[:, :, chosen], spatial_latents, layout)
-    mask = torch.ones(1, 4, layout.slots, *history.shape[-2:])
+    mask = torch.ones(1, 4, layout.slots, *history.shape[-2:], device=history.device)
     if target_mask is not None:
         mask[:, :, layout.targets.start :] = target_mask
     return ChunkInputs(
@@ -130,6 +130,7 @@ def chunk_correspondence(
         width=width,
         stride=stride,
         samples_per_cell=cell_samples,
+        device=cameras.w2c.device,
     )
     targets = target_correspondence(
         scene.retrieved,

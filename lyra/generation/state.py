@@ -51,6 +51,13 @@ class ChunkRecord:
             named |= {f"{prefix}/{name}": tensor for name, tensor in cache_tensors(cache).items()}
         return {name: tensor.contiguous() for name, tensor in named.items()}
 
+    def to(self, device: torch.device) -> ChunkRecord:
+        """The same record with its tensors on a device; frame numbers stay on the CPU, where they are read."""
+        on_cpu = ("measured_ids", "retrieved_ids")
+        return ChunkRecord.from_tensors(
+            {name: value if name in on_cpu else value.to(device) for name, value in self.to_tensors().items()}
+        )
+
     @classmethod
     def from_tensors(cls, named: dict[str, Tensor]) -> ChunkRecord:
         """The inverse of `to_tensors`."""

@@ -6,11 +6,12 @@ Knows no file: `lyra.generation.chunk_store` keeps what a chunk leaves behind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
@@ -42,6 +43,7 @@ from lyra.models.streaming import (
     encode_video,
     prime_decoder,
 )
+from lyra.models.transformer import ChunkCache
 from lyra.progress import Progress
 from lyra.types import Cameras
 
@@ -87,13 +89,17 @@ class Components:
     depth: WalkDepth
     blend: Blend | None
     """Present where the settings keep seen pixels."""
-    use_sampler: Callable[[str], None]
-    """Puts the weights of `dmd` or `full` in place."""
+    use_sampler: Callable[[str, Mapping[str, float]], None]
+    """Puts the weights of `dmd` or `full` in place, with further LoRAs by path and strength."""
+    release: Callable[[], None] = lambda: None
+    """Lets the transformer leave the device after denoising, where others need the room."""
+    attention: str = "native"
+    """Which of diffusers' attention backends the transformer uses."""
 
 
 @dataclass(frozen=True)
 class Walk:
-    """What one run of the loop works on."""
+    """What one run of the loop works on; all tensors are on the device of the run."""
 
     photo: Float[Tensor, "3 h2 w2"]
     """At output size, in [-1, 1]."""
@@ -147,7 +153,7 @@ def generate_chunk(
     targets = state.cameras[first : first + CHUNK_FRAMES]
 
     progress.enter("Retrieve")
-    retrieved = retrieve(state, targets, job.memory)
+    retrieved = retrieve(state, targets, job.memory, job.retrieval_views)
     seen = None
     if parts.settings.keep_seen_pixels:
         seen = draw_memory(walk, state, retrieved, with_photo=job.memory != "none")
@@ -163,6 +169,7 @@ def generate_chunk(
     frames = decode_video(parts.autoencoder, latents, decoder_cache)[0].transpose(0, 1)
     if seen is not None and parts.blend is not None:
         frames = keep_seen_pixels(parts.blend, frames, seen, progress)
+    frames = resize(frames, (walk.photo.shape[-2], walk.photo.shape[-1]))
 
     progress.enter("Measure depth")
     small = resize(frames, walk.generation_size)
@@ -172,7 +179,7 @@ def generate_chunk(
 
     progress.enter("Remember")
     encoder_cache = copy_cache(state.encoder_cache)
-    pixels = to_uint8(frames)
+    pixels = to_uint8(frames).cpu()
     record = ChunkRecord(
         latents=encode_video(parts.autoencoder, small.transpose(0, 1)[None], encoder_cache),
         measured_ids=torch.tensor([first + i for i in measured]),
@@ -187,13 +194,13 @@ def generate_chunk(
     return FinishedChunk(pixels, record)
 
 
-def retrieve(state: WalkState, targets: Cameras, strategy: str) -> list[MemoryFrame]:
+def retrieve(state: WalkState, targets: Cameras, strategy: str, scored_views: int = 1) -> list[MemoryFrame]:
     """Remembered frames for the new cameras, worst first; the strategy `none` remembers nothing."""
     if strategy == "none":
         return []
     height, width = targets.image_height, targets.image_width
     views = [View(w, k, height, width) for w, k in zip(targets.w2c, targets.intrinsics, strict=True)]
-    return [state.memory.read(i) for i in greedy_coverage(state.memory.frames, chunk_views(views))]
+    return [state.memory.read(i) for i in greedy_coverage(state.memory.frames, chunk_views(views, scored_views))]
 
 
 def draw_memory(walk: Walk, state: WalkState, retrieved: Sequence[MemoryFrame], *, with_photo: bool) -> list[SeenView]:
@@ -202,11 +209,14 @@ def draw_memory(walk: Walk, state: WalkState, retrieved: Sequence[MemoryFrame], 
     order = [0] if with_photo else []
     order += [frame.frame_id for frame in reversed(retrieved) if frame.frame_id != 0]
     order += [newest] if newest not in order else []
+    # Surfaces are drawn by compiled kernels on the CPU, wherever the networks run.
+    cameras, device = walk.cameras.to(torch.device("cpu")), walk.photo.device
     frames = [
-        remember_pixels(from_uint8(state.pixels[i]), state.depths[i], walk.cameras.w2c[i], walk.cameras.intrinsics[i])
+        remember_pixels(from_uint8(state.pixels[i].cpu()), state.depths[i].cpu(), cameras.w2c[i], cameras.intrinsics[i])
         for i in order
     ]
-    return draw_seen(frames, walk.cameras[first : first + CHUNK_FRAMES])
+    views = draw_seen(frames, cameras[first : first + CHUNK_FRAMES])
+    return [SeenView(v.image.to(device), v.seen.to(device), v.depth.to(device)) for v in views]
 
 
 def correspond(
@@ -263,9 +273,11 @@ def denoise(
     progress: Progress,
 ) -> Float[Tensor, "1 z g h w"]:
     """Sample the latents of the new frames."""
-    parts.use_sampler(job.sampler)
+    parts.use_sampler(job.sampler, job.lora_strengths())
     text = parts.encode_text([prompt])
     image = parts.encode_image(state.images[state.finished_frames][None])
+
+    cache = ChunkCache()
 
     def velocity(embedding: Tensor) -> Callable[[Tensor, float], Tensor]:
         def of(noisy: Tensor, timestep: float) -> Tensor:
@@ -278,31 +290,35 @@ def denoise(
                 text=embedding,
                 image=image,
                 timestep=torch.tensor([timestep], device=noisy.device),
+                cache=cache,
             ).float()
 
         return of
 
     shape = list(inputs.history.shape)
     shape[2] = parts.layout.targets.count
-    noise = initial_noise(seed, tuple(shape))
-    if job.sampler == "dmd":
-        latents = sample_dmd(
-            velocity(text),
-            noise,
-            flow_shift=parts.settings.flow_shift,
-            generator=torch.Generator().manual_seed(seed),
-            callback_on_step_end=progress.step,
-        )
-    else:
-        latents = sample_full(
-            velocity(text),
-            velocity(parts.negative_text),
-            noise,
-            num_inference_steps=job.steps,
-            guidance_scale=job.guidance(parts.settings),
-            flow_shift=parts.settings.flow_shift,
-            callback_on_step_end=progress.step,
-        )
+    noise = initial_noise(seed, tuple(shape)).to(state.history.device)
+    with attention_backend(parts.attention):
+        if job.sampler == "dmd":
+            latents = sample_dmd(
+                velocity(text),
+                noise,
+                flow_shift=parts.settings.flow_shift,
+                history_slots=parts.layout.history_slots,
+                generator=torch.Generator().manual_seed(seed),
+                callback_on_step_end=progress.step,
+            )
+        else:
+            latents = sample_full(
+                velocity(text),
+                velocity(parts.negative_text),
+                noise,
+                num_inference_steps=job.steps,
+                guidance_scale=job.guidance(parts.settings),
+                flow_shift=parts.settings.flow_shift,
+                callback_on_step_end=progress.step,
+            )
+    parts.release()
     return latents.to(state.history.dtype)
 
 
@@ -325,7 +341,7 @@ def measured_frames(settings: ModelSettings) -> list[int]:
 def stack_or_unknown(depths: list[Tensor] | None, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n h w"]:
     """Seen depth of each image; infinite everywhere when memory was not drawn."""
     if depths is None:
-        return torch.full((len(images), *images.shape[-2:]), torch.inf)
+        return torch.full((len(images), *images.shape[-2:]), torch.inf, device=images.device)
     return torch.stack(depths)
 
 

@@ -20,11 +20,13 @@ SLOTS = 5
 """Remembered frames shown to the network (released code)."""
 
 
-def canonical_coordinates(slot: int, height: int, width: int) -> Float[Tensor, "3 h w"]:
+def canonical_coordinates(
+    slot: int, height: int, width: int, device: torch.device | None = None
+) -> Float[Tensor, "3 h w"]:
     """x and y from -1 to 1 over the image, z from -1 to 1 over the slots (released code)."""
-    x = torch.linspace(-1, 1, width).expand(height, width)
-    y = torch.linspace(-1, 1, height)[:, None].expand(height, width)
-    z = torch.linspace(-1, 1, SLOTS)[slot].expand(height, width)
+    x = torch.linspace(-1, 1, width, device=device).expand(height, width)
+    y = torch.linspace(-1, 1, height, device=device)[:, None].expand(height, width)
+    z = torch.linspace(-1, 1, SLOTS, device=device)[slot].expand(height, width)
     return torch.stack([x, y, z])
 
 
@@ -64,7 +66,7 @@ def target_correspondence(
     last = slice(frames_per_latent - 1, None, frames_per_latent)
     blocks, depths = [], []
     for order, frame in enumerate(reversed(frames)):
-        coordinates = canonical_coordinates(SLOTS - 1 - order, height, width)
+        coordinates = canonical_coordinates(SLOTS - 1 - order, height, width, target_w2c.device)
         warped = forward_warp(
             coordinates, frame.depth, frame.w2c, frame.intrinsics, target_w2c, target_intrinsics, group=group
         )
@@ -76,7 +78,7 @@ def target_correspondence(
         low, high = stacked.min(), stacked.max()
         normalised = 2 * (stacked - low) / (high - low).clamp(min=1e-6) - 1
         blocks = [torch.cat([b, normalised[i, last][:, None]], dim=1) for i, b in enumerate(blocks)]
-    missing = torch.full((latents, 4, height, width), -1.0)
+    missing = torch.full((latents, 4, height, width), -1.0, device=target_w2c.device)
     missing[:, 3] = 1.0
     blocks += [missing] * (SLOTS - len(blocks))
     return torch.cat([fold_to_cells(b, stride, samples_per_cell) for b in blocks], dim=1).transpose(0, 1)[None]
@@ -90,6 +92,7 @@ def history_correspondence(
     width: int,
     stride: int,
     samples_per_cell: int,
+    device: torch.device | None = None,
 ) -> Float[Tensor, "1 c t h2 w2"]:
     """Correspondence channels of the history latents: spatial slots see their own coordinates, the others nothing.
 
@@ -97,14 +100,14 @@ def history_correspondence(
     """
     result = None
     for position, slot in enumerate(spatial_slots):
-        coordinates = canonical_coordinates(position, height, width)
-        depth = torch.ones(1, height, width)
+        coordinates = canonical_coordinates(position, height, width, device)
+        depth = torch.ones(1, height, width, device=device)
         near, far = (torch.cat([coordinates, sign * depth]) for sign in (-1.0, 1.0))
         folded = [fold_to_cells(near, stride, samples_per_cell)]
         folded += [fold_to_cells(far, stride, samples_per_cell)] * (SLOTS - 1)
         block = torch.cat(folded)
         if result is None:
-            result = torch.zeros(slots, *block.shape)
+            result = torch.zeros(slots, *block.shape, device=device)
         result[slot] = block
     if result is None:
         raise ValueError("the layout has no spatial slots")

@@ -50,7 +50,7 @@ def greedy_coverage(frames: Sequence[MemoryFrame], views: Sequence[View], slots:
     open_pixels = torch.ones_like(coverage[0])
     available = torch.ones(len(frames), dtype=torch.bool)
     if frames[newest].frame_id > 0:
-        open_pixels &= ~coverage[newest]
+        open_pixels = ~coverage[newest]
         available[newest] = False
     chosen: list[int] = []
     while len(chosen) < slots:
@@ -60,7 +60,7 @@ def greedy_coverage(frames: Sequence[MemoryFrame], views: Sequence[View], slots:
             break
         chosen.append(best)
         available[best] = False
-        open_pixels &= ~coverage[best]
+        open_pixels = open_pixels & ~coverage[best]
     return [frames[index].frame_id for index in reversed(chosen)]
 
 

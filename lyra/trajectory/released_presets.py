@@ -80,7 +80,7 @@ class ReleasedPreset:
     directions: tuple[str, ...]
     """Directions that make a difference, the usual one first; empty when there is none."""
     usual_strength: float
-    """Strength s of a comfortable move: 0.5 is the released default for distances; degrees or radians where said."""
+    """Strength s of a comfortable move, a share of d (0.5: released zoom script), or degrees or radians where said."""
     poses: Callable[[_Request], Float[Tensor, "n 4 4"]]
 
 
@@ -182,7 +182,7 @@ def _spiral(request: _Request, turns: float, x_radius: float, y_radius: float) -
 
 
 def _spiral_outwards(request: _Request) -> Float[Tensor, "n 4 4"]:
-    targets = _centre_point(request) + _ellipse(request, 2.0, 0.3, 0.2)
+    targets = _centre_point(request) + _ellipse(request, 1.0, 0.3, 0.2)
     return _looking(torch.zeros_like(targets), targets)
 
 
@@ -249,8 +249,8 @@ def _rotate_spot(request: _Request) -> Float[Tensor, "n 4 4"]:
 
 
 def _rotate_spot_noise(request: _Request) -> Float[Tensor, "n 4 4"]:
-    """As `_rotate_spot`, while the centre goes once round a circle of radius 1e-5 d."""
-    theta = 2 * math.pi * request.fraction
+    """As `_rotate_spot`, while the centre goes round a circle of radius 1e-5 d, once in 1000 frames."""
+    theta = 2 * math.pi * 0.001 * request.index
     centres = 1e-5 * request.depth * _points(torch.cos(theta) - 1, torch.sin(theta), 0.0, theta)
     rotation = _turn(math.radians(request.sign * request.strength) * request.fraction)
     return world_to_camera(rotation @ _looking(centres, _centre_point(request))[:, :3, :3], centres)
@@ -264,7 +264,7 @@ def _rotate_zoom(request: _Request, inwards: float) -> Float[Tensor, "n 4 4"]:
     """
     half = request.frames // 2
     turned = (request.index / max(half - 1, 1)).clamp(max=1.0)
-    moved = ((request.index - half + 1) / max(request.frames - half, 1)).clamp(min=0.0)
+    moved = ((request.index - half) / max(request.frames - half - 1, 1)).clamp(min=0.0)
     if half == 0:
         moved = torch.zeros_like(moved)
     rotation = _turn(math.radians(20.0) * request.sign * turned)
@@ -322,7 +322,7 @@ RELEASED_PRESETS: dict[str, ReleasedPreset] = {
         partial(_spiral, turns=1.0, x_radius=0.03, y_radius=0.02),
     ),
     "spiral_outwards": ReleasedPreset(
-        "Stay and let the eyes go twice round an ellipse.", _SIDEWAYS, 0.5, _spiral_outwards
+        "Stay and let the eyes go once round an ellipse.", _SIDEWAYS, 0.5, _spiral_outwards
     ),
     "horizontal_spiral": ReleasedPreset("Move in or out on a narrow helix.", _SIDEWAYS, 0.5, _horizontal_spiral),
     "back": ReleasedPreset(
