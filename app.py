@@ -7,8 +7,12 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
+
+if TYPE_CHECKING:
+    from lyra.models.context_parallel import ContextParallelGroup
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,27 @@ def main(arguments: Arguments) -> int:
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(filter(None, [known, "127.0.0.1", "localhost"]))
     # Imported here, so that `--help` answers at once and the settings above come first.
     from lyra.errors import UserError
+    from lyra.models.context_parallel import context_parallel
+
+    try:
+        with context_parallel() as group:
+            return serve(arguments, group)
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+
+
+def serve(arguments: Arguments, group: ContextParallelGroup) -> int:
+    """Serve the app or, under torchrun, be one of the processes that help its model."""
     from lyra.pipeline import LyraPipeline
     from lyra.ui.app import LAUNCH, build_app
 
+    name = arguments.model
+    if group.is_worker:
+        LyraPipeline.serve(name, group)
+        return 0
     try:
-        app = build_app(lambda: LyraPipeline.from_pretrained(arguments.model), arguments.worlds, arguments.model)
+        app = build_app(lambda: LyraPipeline.from_pretrained(name, group=group), arguments.worlds, name)
         _, local, shared = app.launch(
             server_name=arguments.host,
             server_port=arguments.port,
@@ -47,9 +67,6 @@ def main(arguments: Arguments) -> int:
             prevent_thread_lock=True,
             **LAUNCH,
         )
-    except UserError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
     except OSError:
         sys.stderr.write(f"Port {arguments.port} of {arguments.host} is taken or not allowed; choose another --port.\n")
         return 2

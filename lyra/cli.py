@@ -1,4 +1,4 @@
-"""The command line: `python -m lyra generate | reconstruct | export | doctor`.
+"""The command line: `python -m lyra generate | reconstruct | export | convert | doctor`.
 
 Parses, prints progress and turns a user's mistakes into one line and an exit code; all work is the pipeline's.
 """
@@ -6,6 +6,7 @@ Parses, prints progress and turns a user's mistakes into one line and an exit co
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
 from dataclasses import dataclass, fields
@@ -43,16 +44,32 @@ class Generate:
     """Go on with the job of the folder's run.json."""
     device: str | None = None
     """cpu or cuda; by default cuda where there is one."""
+    weights: Literal["bf16", "fp8", "nf4", "fp32"] | None = None
+    """Number format of the transformer's weights; with --offload, the best that fits by default."""
+    offload: Literal["none", "model", "group"] | None = None
+    """none: all networks stay on the GPU; model: one at a time; group: the transformer's blocks are streamed."""
+    decode: Literal["streamed", "tiled"] | None = None
+    """streamed: whole frames, latent by latent; tiled: in less memory, with seams of the tiles blended."""
+    accept_licence: bool = False
+    """Accept the licence of gated weights, which is printed; remembered with the date."""
 
     def run(self) -> None:
-        """Generate."""
+        """Generate; under torchrun, the first process does so and the others help it."""
+        from lyra.models.context_parallel import context_parallel
         from lyra.pipeline import LyraPipeline
 
         job = GenerateJob(**{field.name: getattr(self.options, field.name) for field in fields(GenerateJob)})
         if not job.photo:
             raise UserError("No photo is given; write its path after `generate`, or use --job FILE or --resume.")
-        pipeline = LyraPipeline.from_pretrained(job.model, device=self.device)
-        world = pipeline.generate(job, self.out, Progress(listener=print_status))
+        if self.accept_licence:
+            accept_licences(job.model)
+        how: dict[str, Any] = {name: getattr(self, name) for name in ("device", "weights", "offload", "decode")}
+        progress = Progress(listener=print_status)
+        with context_parallel(self.device) as group:
+            if group.is_worker:
+                return LyraPipeline.serve(job.model, group, **how)
+            pipeline = LyraPipeline.from_pretrained(job.model, progress=progress, group=group, **how)
+            world = pipeline.generate(job, self.out, progress)
         note = world.run.get("path_note")
         finish_line(f"{world.video_path} is finished." + (f" {note}" if note else ""))
 
@@ -62,20 +79,14 @@ class Reconstruct:
     """Lift a world's walkthrough to Gaussian splats (scene.ply)."""
 
     world: tyro.conf.Positional[Path]
-    device: str | None = None
-    """cpu or cuda; by default cuda where there is one."""
 
     def run(self) -> None:
         """Reconstruct."""
-        from lyra.hub import DEFAULT_MODEL
-        from lyra.pipeline import LyraPipeline
+        from lyra.pipeline import reconstruct
         from lyra.world import World
 
         world = World.open(self.world)
-        model = world.run.get("job", {}).get("model", DEFAULT_MODEL)
-        scene = LyraPipeline.from_pretrained(model, device=self.device).reconstruct(
-            world, Progress(listener=print_status)
-        )
+        scene = reconstruct(world, Progress(listener=print_status))
         finish_line(f"{world.scene_path} has {len(scene):,} splats.")
 
 
@@ -105,6 +116,31 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Convert:
+    """Write NVIDIA's released checkpoint as safetensors in this project's layout, which loads fast and can be 4-bit."""
+
+    model: tyro.conf.Positional[str] = "nvidia/Lyra-2.0"
+    """The Hugging Face id, or a folder with the released files."""
+    out: Path = Path("lyra-2.0")
+    """Folder of the converted model, to be given as --model."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Number format of the converted weights."""
+    accept_licence: bool = False
+    """Accept the licence of the weights, which is printed; remembered with the date."""
+
+    def run(self) -> None:
+        """Convert."""
+        from lyra.convert import DTYPES, convert
+        from lyra.hub import find_model
+
+        if self.accept_licence:
+            accept_licences(self.model)
+        progress = Progress(listener=print_status)
+        convert(find_model(self.model, progress=progress), self.out, dtype=DTYPES[self.dtype], progress=progress)
+        finish_line(f"{self.out} is converted; use it as --model {self.out}.")
+
+
+@dataclass(frozen=True)
 class Doctor:
     """Say what this machine can run, which models are there and what licence they have."""
 
@@ -115,7 +151,7 @@ class Doctor:
         print(report())
 
 
-Command = Generate | Reconstruct | Export | Doctor
+Command = Generate | Reconstruct | Export | Convert | Doctor
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -125,7 +161,9 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         command = parse(arguments)
-        command.run()
+        if os.environ.get("RANK", "0") == "0" or isinstance(command, Generate):
+            # Of several processes that torchrun started, only the first has work where it cannot be shared.
+            command.run()
     except UserError as error:
         finish_line(f"lyra: {error}", sys.stderr)
         return USER_ERROR_CODE
@@ -146,7 +184,7 @@ def parse(arguments: list[str]) -> Command:
         {"generate": Generate(options=defaults, out=tyro.MISSING)}, prefix_names=False
     )
     # The union is made when the program runs, because the saved job's values are its defaults.
-    commands: Any = Annotated[annotated, tyro.conf.OmitSubcommandPrefixes] | Reconstruct | Export | Doctor  # type: ignore[valid-type]
+    commands: Any = Annotated[annotated, tyro.conf.OmitSubcommandPrefixes] | Reconstruct | Export | Convert | Doctor  # type: ignore[valid-type]
     return tyro.cli(commands, args=arguments, prog="lyra", config=(tyro.conf.OmitArgPrefixes,))
 
 
@@ -173,6 +211,22 @@ def saved_job(arguments: list[str]) -> JobOptions:
     return JobOptions(**job.to_json())
 
 
+def accept_licences(model: str) -> None:
+    """Show and accept the gated licences of a model.
+
+    Raises:
+        UserError: there is no such model, or this deployment has switched gated models off.
+    """
+    from lyra.hub import licences_of
+    from lyra.licences import accept, notice
+
+    gated = [licence for licence in dict.fromkeys(licences_of(model).values()) if licence.gated]
+    if gated:
+        finish_line(notice(gated), sys.stderr)
+    for licence in gated:
+        accept(licence, "command line")
+
+
 def print_status(status: Status) -> None:
     """One line on standard error, written over the last one."""
     chunk = f"chunk {status.chunk + 1}/{status.chunks}  " if status.chunks > 1 else ""
@@ -192,8 +246,6 @@ def finish_line(text: str, stream: object = None) -> None:
 
 def quiet_libraries() -> None:
     """Keep progress bars and notices of model libraries out of the output."""
-    import os
-
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

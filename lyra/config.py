@@ -17,6 +17,9 @@ from lyra.errors import UserError
 CHUNK_FRAMES = 80
 """New frames of one autoregressive step (paper section 4; 20 latents of 4 frames)."""
 
+RECIPE_CHUNKS = {"zoom-in-zoom-out": 4}
+"""Presets that are several walks from one photo, and the chunks that they always have together."""
+
 MAX_CHUNKS = 6
 """Longest walkthrough that the app offers, in chunks."""
 
@@ -51,8 +54,31 @@ class GenerateJob:
     """Path of a captions.json, {"0": ..., "81": ...}, one caption from each frame on."""
     seed: int = 0
     """Noise seed; chunk k uses seed + k."""
+    resolution: Literal["480x832", "448x768"] = "480x832"
+    """Height and width of a landscape video; portrait swaps them, square has as many pixels."""
+    pose_scale: float | None = None
+    """Factor on the translations of a path from a file; the model's own where none is given (released: 1.1)."""
+    retrieval_views: int = 1
+    """New views that the memory is scored on: the chunk's last one, or so many spread over it (released: 1)."""
+    loras: tuple[str, ...] = ()
+    """Further LoRA files with their strengths, as PATH=0.4."""
+    captioner: str | None = None
+    """A vision-language model that captions each new chunk, such as Qwen/Qwen3-VL-4B-Instruct; off by default."""
 
     def __post_init__(self) -> None:
+        # Lists come from JSON; a job is hashable and comparable.
+        object.__setattr__(self, "loras", tuple(self.loras))
+        if self.trajectory is None and self.preset in RECIPE_CHUNKS:
+            object.__setattr__(self, "chunks", RECIPE_CHUNKS[self.preset])
+        if self.resolution not in ("480x832", "448x768"):
+            raise UserError(f"--resolution is '{self.resolution}'; choose 480x832 or 448x768.")
+        if not 1 <= self.retrieval_views <= CHUNK_FRAMES:
+            raise UserError(
+                f"--retrieval-views is {self.retrieval_views}; choose a whole number from 1 to {CHUNK_FRAMES}."
+            )
+        if self.pose_scale is not None and not 0.0 < self.pose_scale <= 100.0:
+            raise UserError(f"--pose-scale is {self.pose_scale}; choose a number above 0, up to 100.")
+        self.lora_strengths()
         if not 1 <= self.chunks <= MAX_CHUNKS:
             raise UserError(f"--chunks is {self.chunks}; choose a whole number from 1 to {MAX_CHUNKS}.")
         if not 1 <= self.steps <= 1000:
@@ -68,6 +94,23 @@ class GenerateJob:
     def frames(self) -> int:
         """Frames of the finished video: the photo and 80 per chunk."""
         return 1 + CHUNK_FRAMES * self.chunks
+
+    def lora_strengths(self) -> dict[str, float]:
+        """Strength of each further LoRA by its path.
+
+        Raises:
+            UserError: an entry is not PATH=STRENGTH.
+        """
+        strengths = {}
+        for entry in self.loras:
+            path, _, number = entry.rpartition("=")
+            try:
+                strengths[path] = float(number)
+            except ValueError:
+                path = ""
+            if not path or not -10.0 <= strengths[path] <= 10.0:
+                raise UserError(f"--loras has '{entry}'; write a path and a strength, such as style.safetensors=0.4.")
+        return strengths
 
     def guidance(self, settings: ModelSettings) -> float:
         """The job's guidance, or the model's own where the job gives none."""
@@ -143,6 +186,10 @@ class ModelSettings:
     """Depth of new frames is measured at every n-th, counted back from the last (released: 8)."""
     depth_frames: int = 10
     """At most so many frames are measured after a chunk (released: 10)."""
+    few_step_lora: bool = False
+    """The 4-step sampler's weights are a LoRA beside the transformer (released: they are)."""
+    pose_scale: float = 1.0
+    """Default factor on the translations of a camera path from a file (released: 1.1)."""
 
     @classmethod
     def load(cls, folder: Path) -> ModelSettings:
@@ -158,3 +205,18 @@ class ModelSettings:
             raise UserError(
                 f"{folder} holds no readable lyra.json ({error}); point --model at a folder of weights."
             ) from error
+
+
+RELEASED_SETTINGS = ModelSettings(
+    name="nvidia/Lyra-2.0",
+    licence="NVIDIA Internal Scientific Research and Development Model License",
+    generation_height=None,
+    generation_width=None,
+    keep_seen_pixels=False,
+    fill_holes=False,
+    visibility_mask=False,
+    few_step_note="NVIDIA's DMD distillation, a LoRA with guidance distilled in",
+    few_step_lora=True,
+    pose_scale=1.1,
+)
+"""What the released weights ask of the loop (released code's defaults)."""

@@ -26,10 +26,10 @@ MAX_PIXELS = 80_000_000
 """Largest photo that is decoded: 240 MB as RGB."""
 MIN_SIDE = 64
 """Shortest side in pixels from which a world can be guessed."""
-LANDSCAPE = (480, 832)
-"""Height and width of the released video model; portrait is the transpose."""
-SQUARE = (640, 640)
-"""About as many pixels as `LANDSCAPE`, and a multiple of 16 like it."""
+LANDSCAPE = {"480x832": (480, 832), "448x768": (448, 768)}
+"""Height and width of the released command line and of its graphical interface; portrait is the transpose."""
+SQUARE = {"480x832": (640, 640), "448x768": (592, 592)}
+"""About as many pixels as `LANDSCAPE`, and multiples of 16 like it."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 """What people have photos in; left out are formats that run programs (EPS) or hold anything but a picture."""
@@ -70,12 +70,17 @@ def load_photo(source: str | Path | bytes) -> Image.Image:
         return _without_metadata(_to_rgb(_upright(image, name), name))
 
 
-def output_size(image: Image.Image) -> tuple[int, int]:
-    """Height and width in pixels of the walkthrough of a photo: landscape, portrait, or square from 4:5 to 5:4."""
+def output_size(image: Image.Image, resolution: str = "480x832") -> tuple[int, int]:
+    """Height and width in pixels of the walkthrough of a photo: landscape, portrait, or square from 4:5 to 5:4.
+
+    Args:
+        resolution: a key of `LANDSCAPE`.
+    """
     aspect = image.width / image.height
     if 0.8 <= aspect <= 1.25:
-        return SQUARE
-    return LANDSCAPE if aspect > 1.25 else (LANDSCAPE[1], LANDSCAPE[0])
+        return SQUARE[resolution]
+    height, width = LANDSCAPE[resolution]
+    return (height, width) if aspect > 1.25 else (width, height)
 
 
 def fit_photo(image: Image.Image, height: int, width: int) -> Float[Tensor, "3 h w"]:

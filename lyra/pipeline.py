@@ -19,15 +19,16 @@ from torch import Tensor
 from lyra import __version__
 from lyra.config import CHUNK_FRAMES, GenerateJob
 from lyra.depth.base import intrinsics_from_fov
-from lyra.depth.tiny import TinyDepthModel
-from lyra.device import Device, choose_device, peak_memory_gib
+from lyra.device import peak_memory_gib
 from lyra.errors import UserError
 from lyra.export.ply import write_splat_ply
-from lyra.export.video import join_videos
+from lyra.generation.caption_views import caption_request
+from lyra.generation.captioner import VisionLanguageCaptioner
 from lyra.generation.captions import caption_of_chunk, read_captions
 from lyra.generation.chunk_store import ChunkStore, content_key, writing_to
+from lyra.generation.legs import WalkedLeg, shown_walk, write_walk
+from lyra.generation.state import WalkState
 from lyra.generation.walkthrough import (
-    Components,
     FinishedChunk,
     Walk,
     from_uint8,
@@ -36,14 +37,19 @@ from lyra.generation.walkthrough import (
     start,
     to_uint8,
 )
-from lyra.hub import DEFAULT_MODEL, model_folder, weights_hash
-from lyra.loading import load_components
+from lyra.hub import DEFAULT_MODEL, ModelSource, find_model, weights_hash
+from lyra.licences import accepted
+from lyra.loading import LoadedModel, load_components, serve_transformer
+from lyra.models.context_parallel import ONE_PROCESS, ContextParallelGroup
 from lyra.photo import fit_photo, load_photo, output_size
+from lyra.placement import Placement, choose_placement, memory_explained
 from lyra.progress import Progress
 from lyra.reconstruction.gaussians import lift, lifted_frames
 from lyra.trajectory.clearance import ClearanceReport, shorten_path
-from lyra.trajectory.files import read_trajectory, relative_to_first
+from lyra.trajectory.files import relative_to_first
+from lyra.trajectory.gui_path import read_path
 from lyra.trajectory.presets import preset_cameras
+from lyra.trajectory.recipes import RECIPES, Leg, Recipe, joined_cameras, scaled_path
 from lyra.types import Cameras, DepthMap, GaussianScene
 from lyra.world import World
 
@@ -70,28 +76,75 @@ class PlannedPath:
 
     asked: Cameras
     """The path as the job asks for it."""
-    cameras: Cameras
-    """The path that is walked: shortened where the asked one would pass through the scene."""
+    recipe: Recipe
+    """The walks that are made: one for most jobs, shortened where the asked one would pass through the scene."""
     report: ClearanceReport
-    """About the asked path."""
+    """About the asked path, or the leg of it that was shortened most."""
+
+    @property
+    def cameras(self) -> Cameras:
+        """The path of the finished video."""
+        return joined_cameras(self.recipe)
 
 
 class LyraPipeline:
     """One photo in, a world out."""
 
-    def __init__(self, parts: Components, depth: TinyDepthModel, device: Device, folder: Path) -> None:
-        self.parts, self.depth, self.device, self.folder = parts, depth, device, folder
+    def __init__(self, model: LoadedModel, source: ModelSource, placement: Placement) -> None:
+        self.parts, self.depth, self.source, self.placement = model.parts, model.depth, source, placement
+        self._captioners: dict[str, VisionLanguageCaptioner] = {}
 
     @classmethod
-    def from_pretrained(cls, name: str = DEFAULT_MODEL, *, device: str | None = None) -> LyraPipeline:
-        """Load a model by name or folder.
+    def from_pretrained(
+        cls,
+        name: str = DEFAULT_MODEL,
+        *,
+        device: str | None = None,
+        weights: str | None = None,
+        offload: str | None = None,
+        decode: str | None = None,
+        progress: Progress | None = None,
+        group: ContextParallelGroup = ONE_PROCESS,
+    ) -> LyraPipeline:
+        """Load a model by name, folder or Hugging Face id; a gated one only after its licence is accepted.
+
+        Args:
+            device: cpu or cuda; cuda where there is one by default.
+            weights: fp32, bf16, fp8 or nf4; with `offload`, the best that fits by default.
+            offload: none, model (one network on the GPU at a time) or group (transformer blocks are streamed).
+            decode: streamed (whole frames) or tiled, which takes less memory.
+            progress: told about downloads.
+            group: processes that share the transformer's work; see `serve`.
 
         Raises:
-            UserError: there is no such model or device, or its weights are damaged.
+            UserError: there is no such model or device, its licence is not accepted, its weights are damaged, or it
+                does not fit.
         """
-        folder, chosen = model_folder(name), choose_device(device)
-        parts, depth = load_components(folder, chosen)
-        return cls(parts, depth, chosen, folder)
+        source = find_model(name, progress=progress)
+        placement = choose_placement(source, device=device, weights=weights, offload=offload, decode=decode)
+        with memory_explained(placement):
+            return cls(load_components(source, placement, group), source, placement)
+
+    @staticmethod
+    def serve(
+        name: str,
+        group: ContextParallelGroup,
+        *,
+        device: str | None = None,
+        weights: str | None = None,
+        offload: str | None = None,
+        decode: str | None = None,
+    ) -> None:
+        """Be one of several processes that share the transformer's work, until the first one is done.
+
+        Raises:
+            UserError: as `from_pretrained`.
+            ConnectionError: another process has ended.
+        """
+        source = find_model(name)
+        placement = choose_placement(source, device=device, weights=weights, offload=offload, decode=decode)
+        with memory_explained(placement):
+            serve_transformer(source, placement, group)
 
     def __call__(
         self, photo: str | Path, out: str | Path = "world", *, progress: Progress | None = None, **options: Any
@@ -103,16 +156,17 @@ class LyraPipeline:
         """
         return self.generate(GenerateJob(photo=str(photo), **options), Path(out), progress or Progress())
 
-    def see(self, photo: Image.Image | str | Path) -> SeenPhoto:
+    def see(self, photo: Image.Image | str | Path, resolution: str = "480x832") -> SeenPhoto:
         """Fit a photo to the output size and estimate its depth and field of view.
 
         Raises:
-            UserError: the file is not an image that can be used.
+            UserError: the file is not an image that can be used, or the device has too little memory.
         """
         image = photo if isinstance(photo, Image.Image) else load_photo(photo)
-        height, width = output_size(image)
+        height, width = output_size(image, resolution)
         pixels = from_uint8(to_uint8(fit_photo(image, height, width)))
-        prediction = self.depth.predict(pixels[None].to(self.device.device, self.device.dtype))
+        with memory_explained(self.placement):
+            prediction = self.depth.predict(pixels[None].to(self.placement.torch_device))
         fov_x_deg = float(prediction.fov_x_deg[0])
         sky = prediction.sky[0].cpu()
         depth = DepthMap(
@@ -127,82 +181,130 @@ class LyraPipeline:
         """The job's camera path, shortened where it would pass through the scene.
 
         Raises:
-            UserError: the preset is unknown or the trajectory file cannot be used.
+            UserError: the preset is unknown or the path's file cannot be used.
+        """
+        asked = self.asked_path(seen, job)
+        legs, reports = [], []
+        for leg in asked.legs:
+            cameras, report = shorten_path(leg.cameras, seen.depth)
+            legs.append(replace(leg, cameras=cameras))
+            reports.append(report)
+        shortened = next((report for report in reports if report.reason), reports[0])
+        return PlannedPath(joined_cameras(asked), Recipe(tuple(legs)), shortened)
+
+    def asked_path(self, seen: SeenPhoto, job: GenerateJob) -> Recipe:
+        """The walks that a job asks for, before they are checked.
+
+        Raises:
+            UserError: the preset is unknown or the path's file cannot be used.
         """
         height, width = seen.image.shape[-2:]
         if job.trajectory is not None:
-            asked = relative_to_first(read_trajectory(Path(job.trajectory), frames=job.frames))
-            asked = asked[: job.frames].resized(height, width)
-        else:
-            asked = preset_cameras(
-                job.preset,
-                frames=job.frames,
-                depth=seen.depth,
-                intrinsics=seen.depth.intrinsics,
-                image_height=height,
-                image_width=width,
-                strength=float(job.strength),
-            )
-        cameras, report = shorten_path(asked, seen.depth)
-        return PlannedPath(asked, cameras, report)
+            path = read_path(Path(job.trajectory), frames=job.frames, image_height=height, image_width=width)
+            scale = self.parts.settings.pose_scale if job.pose_scale is None else job.pose_scale
+            return Recipe((Leg("walk", scaled_path(relative_to_first(path), scale), reversed=False),))
+        photo: dict[str, Any] = {
+            "depth": seen.depth,
+            "intrinsics": seen.depth.intrinsics,
+            "image_height": height,
+            "image_width": width,
+            "strength": float(job.strength),
+        }
+        if job.preset in RECIPES:
+            return RECIPES[job.preset].make(**photo)
+        return Recipe((Leg("walk", preset_cameras(job.preset, frames=job.frames, **photo), reversed=False),))
 
     def generate(self, job: GenerateJob, out: Path, progress: Progress) -> World:
         """Make the walkthrough of a job in a world folder, going on from finished chunks.
 
         Raises:
-            UserError: the photo, the path or an option cannot be used, or the folder cannot be written.
+            UserError: the photo, the path or an option cannot be used, the folder cannot be written, or the device
+                has too little memory.
             Cancelled: the listener asked to stop; finished chunks stay.
         """
         progress.chunks, world = job.chunks, World(out)
         job = replace(job, guidance_scale=job.guidance(self.parts.settings))
         progress.enter("Photo depth")
-        seen = self.see(job.photo)
+        seen = self.see(job.photo, job.resolution)
         planned = self.plan(seen, job)
         photo = to_uint8(seen.image)
         refuse_other_photo(world, photo)
         world.write_photo(photo)
         world.write_run(self.run_record(job, "running", progress, planned))
+        with memory_explained(self.placement):
+            finished: list[WalkedLeg] = []
+            for leg in planned.recipe.legs:
+                finished.append(WalkedLeg(leg))
+                self.walk_leg(job, seen, world, planned, finished, progress)
+        world.write_run(self.run_record(job, "finished", progress, planned))
+        return World.open(out)
 
-        generation_size = self.generation_size(*seen.image.shape[-2:])
-        depth = resize_depth(seen.depth.depth, generation_size)
-        walk = Walk(seen.image, depth, planned.cameras, generation_size)
+    def walk_leg(
+        self,
+        job: GenerateJob,
+        seen: SeenPhoto,
+        world: World,
+        planned: PlannedPath,
+        legs: list[WalkedLeg],
+        progress: Progress,
+    ) -> None:
+        """Generate the chunks of the last of `legs`, publishing after each what there is of all of them."""
+        walked, device = legs[-1], self.placement.torch_device
+        before = sum(leg.leg.chunks for leg in legs[:-1])
+        size = self.generation_size(*seen.image.shape[-2:])
+        depth = resize_depth(seen.depth.depth, size).to(device)
+        walk = Walk(seen.image.to(device), depth, walked.leg.cameras.to(device), size)
         progress.enter("Remember the photo")
         with torch.no_grad():
             state = start(self.parts, walk)
-        keys = []
         captions = read_captions(job)
+        if job.captioner is None:
+            # All texts at once, so that the text encoder is needed only before the first denoising.
+            self.parts.encode_text(sorted(set(captions.values())))
+        photo = to_uint8(seen.image)
         key = content_key(
-            self.parts.settings.name, weights_hash(self.folder), str(self.device.dtype), photo.numpy().tobytes()
+            self.parts.settings.name, weights_hash(self.source.folder), self.placement.numbers, photo.numpy().tobytes()
         )
-        for chunk in range(job.chunks):
-            progress.chunk = chunk
+        for chunk in range(walked.leg.chunks):
+            progress.chunk = before + chunk
             prompt = caption_of_chunk(captions, chunk)
-            key = chunk_key(key, job, planned.cameras, chunk, prompt)
+            key = chunk_key(key, job, walked.leg.cameras, chunk, prompt)
             record = world.chunks.load(key)
             if record is None:
+                if job.captioner is not None:
+                    progress.enter("Caption")
+                    prompt = self.caption(job, walk, state, prompt)
                 finished = generate_chunk(self.parts, walk, state, job, prompt, job.seed + chunk, progress)
                 save_chunk(
                     world.chunks, key, finished, photo if chunk == 0 else None, {"prompt": prompt, "chunk": chunk}
                 )
                 record = finished.record
-            state.apply(record)
-            keys.append(key)
-            self.publish(world, keys, planned.cameras, state.depths, progress)
-        world.write_run(self.run_record(job, "finished", progress, planned))
-        return World.open(out)
+            state.apply(record.to(device))
+            walked.keys.append(key)
+            walked.depths = {frame: depth.cpu() for frame, depth in state.depths.items()}
+            self.publish(world, legs, progress)
 
-    def publish(
-        self, world: World, keys: list[str], cameras: Cameras, depths: dict[int, Tensor], progress: Progress
-    ) -> None:
+    def caption(self, job: GenerateJob, walk: Walk, state: WalkState, hint: str) -> str:
+        """A caption for the next chunk by the job's vision-language model; the prompt is its hint.
+
+        Raises:
+            UserError: the captioner's model is not there.
+        """
+        name = str(job.captioner)
+        if name not in self._captioners:
+            self._captioners[name] = VisionLanguageCaptioner.load(name, device=self.placement.torch_device)
+        return self._captioners[name](caption_request(walk, state, hint))
+
+    def publish(self, world: World, legs: list[WalkedLeg], progress: Progress) -> None:
         """Write the walkthrough, cameras and depth of the chunks that are finished."""
         progress.enter("Write video")
         comment = f"Made by Lyra {__version__} with {self.parts.settings.name} ({self.parts.settings.licence})"
-        frames = 1 + CHUNK_FRAMES * len(keys)
+        shown = shown_walk(legs)
         with writing_to(world.folder):
             temporary = world.folder / ".walkthrough.tmp.mp4"
-            join_videos(temporary, [world.chunks.video(key) for key in keys], comment)
+            write_walk(temporary, world.chunks, legs, comment)
             temporary.replace(world.video_path)
-        world.write_path(cameras[:frames], depths)
+        world.write_path(shown.cameras, shown.depths)
         progress.enter("Chunk finished", world.video_path)
         progress.finish()
 
@@ -212,23 +314,7 @@ class LyraPipeline:
         Raises:
             UserError: the folder cannot be written.
         """
-        progress = progress or Progress()
-        progress.enter("Read walkthrough")
-        video, depths, cameras = world.video, world.depth, world.cameras
-        last = len(video) - 1
-        chosen = [i for i in depths if i % LIFT_INTERVAL == 0 or i == last]
-        frames = lifted_frames({i: from_uint8(video[i]) for i in chosen}, {i: depths[i] for i in chosen}, cameras)
-        progress.enter("Lift to splats")
-        scene = lift(frames, progress.step)
-        progress.enter("Write splats")
-        with writing_to(world.folder):
-            write_splat_ply(world.scene_path, scene, f"Lyra {__version__}, {self.parts.settings.name}, OpenCV axes")
-        run = world.run
-        run["reconstruct"] = {"splats": len(scene), "frames": len(frames)}
-        progress.finish()
-        run["reconstruct"]["stage_seconds"] = {k: round(v, 2) for k, v in progress.stage_seconds.items()}
-        world.write_run(run)
-        return scene
+        return reconstruct(world, progress)
 
     def generation_size(self, height: int, width: int) -> tuple[int, int]:
         """Size at which the network works for an output size; a portrait photo swaps the sides."""
@@ -249,21 +335,57 @@ class LyraPipeline:
             "model": {
                 "name": self.parts.settings.name,
                 "licence": self.parts.settings.licence,
-                "weights_sha256": weights_hash(self.folder),
+                "licences": {part: licence.id for part, licence in self.source.licences.items()},
+                "accepted": {
+                    given.licence: given.date
+                    for licence in dict.fromkeys(self.source.licences.values())
+                    if (given := accepted(licence)) is not None
+                },
+                "revision": self.source.revision,
+                "weights_sha256": weights_hash(self.source.folder),
             },
             "path_note": planned.report.reason,
             "versions": {"lyra": __version__, "torch": torch.__version__, "python": platform.python_version()},
-            "device": str(self.device.device),
+            "device": str(self.placement.torch_device),
+            "placement": self.placement.options,
             "stage_seconds": {name: round(seconds, 2) for name, seconds in progress.stage_seconds.items()},
             "peak_memory_gib": round(peak_memory_gib(), 2),
         }
+
+
+def reconstruct(world: World, progress: Progress | None = None) -> GaussianScene:
+    """Lift a walkthrough to splats and write scene.ply; needs no model.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    progress = progress or Progress()
+    progress.enter("Read walkthrough")
+    video, depths, cameras = world.video, world.depth, world.cameras
+    last = len(video) - 1
+    chosen = [i for i in depths if i % LIFT_INTERVAL == 0 or i == last]
+    frames = lifted_frames({i: from_uint8(video[i]) for i in chosen}, {i: depths[i] for i in chosen}, cameras)
+    progress.enter("Lift to splats")
+    scene = lift(frames, progress.step)
+    progress.enter("Write splats")
+    run = world.run
+    name = run.get("model", {}).get("name", "an unknown model")
+    with writing_to(world.folder):
+        write_splat_ply(world.scene_path, scene, f"Lyra {__version__}, {name}, OpenCV axes")
+    run["reconstruct"] = {"splats": len(scene), "frames": len(frames)}
+    progress.finish()
+    run["reconstruct"]["stage_seconds"] = {k: round(v, 2) for k, v in progress.stage_seconds.items()}
+    world.write_run(run)
+    return scene
 
 
 def chunk_key(before: str, job: GenerateJob, cameras: Cameras, chunk: int, prompt: str) -> str:
     """Key of a chunk: everything before it, its cameras, its text and how it is sampled."""
     first = 1 + CHUNK_FRAMES * chunk
     span = cameras[(0 if chunk == 0 else first) : first + CHUNK_FRAMES]
-    sampling = replace(job, photo="", chunks=1, preset="", trajectory=None, strength=1.0, prompt="", captions=None)
+    sampling = replace(
+        job, photo="", chunks=1, preset="", trajectory=None, strength=1.0, prompt="", captions=None, pose_scale=None
+    )
     how = sampling.to_json()
     if job.sampler == "dmd":
         # The distilled sampler has neither a number of steps nor guidance.

@@ -45,6 +45,10 @@ class Cameras:
         """Camera centres in world units."""
         return self.c2w[:, :3, 3]
 
+    def to(self, device: torch.device) -> Cameras:
+        """The same cameras with their tensors on a device."""
+        return Cameras(self.w2c.to(device), self.intrinsics.to(device), self.image_height, self.image_width)
+
     def resized(self, height: int, width: int) -> Cameras:
         """The same cameras for an image stretched to height x width pixels (each axis scaled on its own)."""
         scale = torch.tensor([width / self.image_width, height / self.image_height, 1.0], dtype=self.intrinsics.dtype)

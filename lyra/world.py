@@ -140,7 +140,7 @@ class World:
             ids = sorted(depths)
             tensors = {
                 "frame_ids": torch.tensor(ids),
-                "depth": torch.stack([depths[i] for i in ids]).to(torch.float32).contiguous(),
+                "depth": torch.stack([depths[i] for i in ids]).to("cpu", torch.float32).contiguous(),
             }
             temporary = self.folder / ".depth.tmp"
             save_file(tensors, temporary)

@@ -15,7 +15,7 @@ LAYERS = [
     {"export", "metrics"},
     {"generation"},
     {"reconstruction"},
-    {"device", "hub", "loading", "world", "doctor"},
+    {"device", "licences", "hub", "placement", "offload", "loading", "convert", "world", "doctor"},
     {"pipeline"},
     {"serving"},
     {"cli", "ui"},

@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import shutil
 import threading
+import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from lyra.config import GenerateJob
+from lyra.config import GenerateJob, ModelSettings
 from lyra.errors import UserError
 from lyra.generation.chunk_store import writing_to
 from lyra.generation.walkthrough import to_uint8
@@ -26,12 +27,15 @@ from lyra.progress import Cancelled, Progress
 from lyra.serving.jobs import JobManager
 from lyra.serving.sessions import Sessions
 from lyra.serving.stages import PlannedStage
-from lyra.trajectory.files import read_trajectory
+from lyra.trajectory.gui_path import read_path
 from lyra.world import World
 
-BEFORE_CHUNKS = ("Photo depth", "Remember the photo")
+PHOTO_DEPTH = "Photo depth"
+OF_A_WALK = "Remember the photo"
+CAPTION = "Caption"
 KEEP_PIXELS = "Keep seen pixels"
 OF_A_CHUNK = (
+    CAPTION,
     "Retrieve",
     "Correspond",
     "Denoise",
@@ -72,13 +76,35 @@ class Studio:
         self, load: Callable[[], LyraPipeline], sessions: Sessions, jobs: JobManager, model: str = DEFAULT_MODEL
     ) -> None:
         self.sessions, self.jobs, self.model = sessions, jobs, model
-        # The page answers while the weights load; whoever needs them waits in `pipeline`.
-        loader = ThreadPoolExecutor(1, thread_name_prefix="lyra-load")
-        self._loading = loader.submit(load)
-        loader.shutdown(wait=False)
+        self._load = load
+        self._loading = self._start_loading()
         self._seen: OrderedDict[str, SeenPhoto] = OrderedDict()
         self._latest: dict[tuple[str, JobKind], str] = {}
         self._lock = threading.Lock()
+
+    def _start_loading(self, before: Future[LyraPipeline] | None = None) -> Future[LyraPipeline]:
+        def load() -> LyraPipeline:
+            # An attempt that is still under way may succeed, and the weights must not be there twice.
+            if before is not None and before.exception() is None:
+                return before.result()
+            return self._load()
+
+        # The page answers while the weights load; whoever needs them waits in `pipeline`.
+        loader = ThreadPoolExecutor(1, thread_name_prefix="lyra-load")
+        loading = loader.submit(load)
+        loader.shutdown(wait=False)
+        return loading
+
+    def load_again(self) -> None:
+        """Load the weights after all, once what stood in the way (a licence, the network) is settled."""
+        with self._lock:
+            if not self._loading.done() or self._loading.exception() is not None:
+                self._loading = self._start_loading(self._loading)
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether the weights are on their way, so that whoever needs them now has to wait."""
+        return not self._loading.done()
 
     @property
     def pipeline(self) -> LyraPipeline:
@@ -95,6 +121,8 @@ class Studio:
         Raises:
             UserError: the photo cannot be used or the disk cannot be written.
         """
+        if not self.is_loading:
+            self.load_again()
         seen = self.pipeline.see(photo)
         pixels = to_uint8(seen.image)
         if session is None or not self.sessions.is_session(session):
@@ -145,15 +173,12 @@ class Studio:
         """Queue a walkthrough and return the id of its job.
 
         Raises:
-            UserError: the world is gone, or too many jobs are waiting.
+            UserError: the world is gone, the path cannot be used, or too many jobs are waiting.
         """
         world = self.sessions.world(world_id)
-        denoising = f"Denoise {job.sampler}" + (f" {job.steps}" if job.sampler == "full" else "")
-        keeps_pixels = self.pipeline.parts.settings.keep_seen_pixels
-        of_a_chunk = [name for name in OF_A_CHUNK if keeps_pixels or name != KEEP_PIXELS]
-        stages = [PlannedStage(name) for name in BEFORE_CHUNKS]
-        for chunk in range(job.chunks):
-            stages += [PlannedStage(name, chunk, denoising if name == "Denoise" else "") for name in of_a_chunk]
+        # A path that cannot be used is refused now and not after the queue.
+        walks = [leg.chunks for leg in self.plan(world_id, job).recipe.legs]
+        stages = planned_stages(job, self.pipeline.parts.settings, walks)
 
         def work(progress: Progress) -> World:
             # Splats of the walkthrough that is about to be replaced would no longer belong to it.
@@ -206,13 +231,39 @@ class Studio:
 
     def _keep_trajectory(self, world_id: str, upload: Path) -> Path:
         """A copy in the world's folder, under a name of its content: uploads do not outlive the app."""
-        read_trajectory(upload)
+        read_path(upload, frames=1, image_height=480, image_width=832)
         world = self.sessions.world(world_id)
-        kept = world.folder / f"trajectory-{hashlib.sha256(upload.read_bytes()).hexdigest()[:12]}.npz"
+        suffix = ".npz" if zipfile.is_zipfile(upload) else ".json"
+        kept = world.folder / f"trajectory-{hashlib.sha256(upload.read_bytes()).hexdigest()[:12]}{suffix}"
         if not kept.exists():
             with writing_to(world.folder):
                 shutil.copyfile(upload, kept)
         return kept
+
+
+def planned_stages(job: GenerateJob, settings: ModelSettings, walks: Sequence[int]) -> list[PlannedStage]:
+    """The stages of a walkthrough in the order in which the pipeline enters them.
+
+    Args:
+        job: the walkthrough.
+        settings: of the model that makes it.
+        walks: chunks of each walk from the photo; one walk for most jobs.
+    """
+    denoising = f"Denoise {job.sampler}" + (f" {job.steps}" if job.sampler == "full" else "")
+    left_out = {CAPTION} if job.captioner is None else set()
+    left_out |= set() if settings.keep_seen_pixels else {KEEP_PIXELS}
+    stages, before = [PlannedStage(PHOTO_DEPTH)], 0
+    for chunks in walks:
+        # Until a walk's first chunk begins, the pipeline counts it to the chunk before it.
+        stages.append(PlannedStage(OF_A_WALK, max(before - 1, 0)))
+        for chunk in range(before, before + chunks):
+            stages += [
+                PlannedStage(name, chunk, denoising if name == "Denoise" else "")
+                for name in OF_A_CHUNK
+                if name not in left_out
+            ]
+        before += chunks
+    return stages
 
 
 def note_in_run(world: World, status: str | None = None) -> None:

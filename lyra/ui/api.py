@@ -14,6 +14,7 @@ import gradio as gr
 
 from lyra.config import MAX_CHUNKS, ModelSettings
 from lyra.trajectory.presets import PRESETS
+from lyra.trajectory.recipes import RECIPES
 from lyra.ui.handlers import Handlers, PathChoice, VideoChoice, attempt
 from lyra.ui.tab_camera import DEFAULT_PRESET
 from lyra.ui.tab_video import DEFAULT_STEPS, MAX_SEED
@@ -42,6 +43,9 @@ class Api:
         self, world: str, preset: str, strength: float, chunks: int, trajectory: str | None
     ) -> tuple[str, str]:
         """Plan a camera path and check it against the photo's depth.
+
+        A trajectory (an npz, or a camera path JSON of the released interface) replaces preset and strength. The preset
+        zoom-in-zoom-out has 4 chunks, whatever is asked for.
 
         Returns the path as it will be walked (cameras.npz), and the reason if it was shortened.
         """
@@ -95,7 +99,7 @@ def build_api(handlers: Handlers, settings: ModelSettings) -> None:
         photo = gr.File(label="photo")
         world = gr.Textbox(label="world")
         path = [
-            gr.Dropdown(list(PRESETS), value=DEFAULT_PRESET, label="preset"),
+            gr.Dropdown([*PRESETS, *RECIPES], value=DEFAULT_PRESET, label="preset"),
             gr.Number(1.0, label="strength"),
             gr.Number(1, label="chunks", precision=0, minimum=1, maximum=MAX_CHUNKS),
             gr.File(label="trajectory"),

@@ -13,7 +13,7 @@ from typing import Any
 import gradio as gr
 
 from lyra.config import ModelSettings
-from lyra.hub import DEFAULT_MODEL, MODELS, model_folder
+from lyra.hub import DEFAULT_MODEL, licences_of, settings_of, shipped_models
 from lyra.pipeline import LyraPipeline
 from lyra.serving.jobs import JobManager
 from lyra.serving.sessions import Sessions
@@ -21,6 +21,7 @@ from lyra.serving.studio import Studio
 from lyra.ui.api import build_api
 from lyra.ui.examples import load_examples
 from lyra.ui.handlers import Handlers
+from lyra.ui.licence_gate import build_licence_gate
 from lyra.ui.tab_camera import build_camera_tab
 from lyra.ui.tab_photo import build_photo_tab
 from lyra.ui.tab_video import build_video_tab
@@ -51,13 +52,12 @@ def build_app(pipeline_loader: Callable[[], LyraPipeline], worlds_root: Path, mo
     Args:
         pipeline_loader: makes the pipeline; called once, in the background, so that the page answers at once.
         worlds_root: folder in which each session's worlds are kept; sessions that have expired are deleted from it.
-        model: name or folder of the model that the loader loads.
+        model: name or folder of the model that the loader loads; its licences are asked for on the page.
 
     Raises:
         UserError: there is no such model.
     """
-    folder = model_folder(model)
-    settings = ModelSettings.load(folder)
+    settings, licences = settings_of(model), licences_of(model)
     sessions = Sessions(worlds_root.expanduser())
     sessions.expire()
     handlers = Handlers(Studio(pipeline_loader, sessions, JobManager(), model))
@@ -65,14 +65,16 @@ def build_app(pipeline_loader: Callable[[], LyraPipeline], worlds_root: Path, mo
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=SERVED_COPIES) as app:
         # The key is no secret, as Gradio sends it to every browser; it is fixed so that a restart loses nothing.
         visit = gr.BrowserState({}, storage_key="lyra-visit", secret="lyra-visit")
-        gr.HTML(header(settings, shipped=folder.parent == MODELS), elem_classes=["lyra-header", "lyra-flat"])
+        gr.HTML(header(settings, shipped=model in shipped_models()), elem_classes=["lyra-header", "lyra-flat"])
         with gr.Row(elem_classes="lyra-columns"):
-            with gr.Column(scale=2, min_width=340), gr.Tabs() as tabs:
-                photo, camera = build_photo_tab(examples), build_camera_tab()
-                video, world = build_video_tab(settings), build_world_tab()
+            with gr.Column(scale=2, min_width=340):
+                licence = build_licence_gate(settings.name, licences)
+                with gr.Tabs() as tabs:
+                    photo, camera = build_photo_tab(examples), build_camera_tab()
+                    video, world = build_video_tab(settings), build_world_tab()
             with gr.Column(scale=3, min_width=340, elem_classes="lyra-viewer-column"):
                 viewer = WorldViewer()
-        page = Page(handlers, tuple(examples), visit, tabs, viewer, photo, camera, video, world)
+        page = Page(handlers, tuple(examples), visit, tabs, viewer, licence, photo, camera, video, world)
         connect(page, app)
         build_api(handlers, settings)
     return app.queue(max_size=64)

@@ -8,7 +8,7 @@ here; the tabs show them beside the control, the API reports them as its error.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -19,8 +19,10 @@ from gradio.utils import get_upload_folder
 from lyra.config import CHUNK_FRAMES, GenerateJob
 from lyra.errors import UserError
 from lyra.export.video import FRAMES_PER_SECOND
+from lyra.licences import Licence, accept, gated_models_allowed, require
 from lyra.serving.jobs import APOLOGY, JobStatus
 from lyra.serving.studio import Studio
+from lyra.trajectory.clearance import check_clearance
 from lyra.trajectory.files import write_trajectory
 from lyra.ui.previews import photo_camera, write_depth_picture, write_photo_points
 from lyra.ui.viewer import viewer_value
@@ -68,7 +70,7 @@ class PathChoice:
     strength: float = 1.0
     chunks: int = 1
     trajectory: str | None = None
-    """An uploaded trajectory.npz, which replaces preset and strength."""
+    """An uploaded trajectory.npz or camera path JSON, which replaces preset and strength."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,18 @@ class Handlers:
     """The requests of a visitor."""
 
     studio: Studio
+
+    def accept_licences(self, licences: Sequence[Licence]) -> None:
+        """Remember that the user accepts the licences of the model's weights, and load it.
+
+        Raises:
+            UserError: the acceptance cannot be kept, or this deployment has switched such models off.
+        """
+        if gated_models_allowed():
+            for licence in licences:
+                accept(licence, "app")
+        require(licences)
+        self.studio.load_again()
 
     def see_photo(self, photo: str, session: str | None = None) -> PhotoView:
         """Estimate depth and field of view of a photo file and make its world.
@@ -125,7 +139,8 @@ class Handlers:
         viewer = viewer_value(
             points=Path(published(folder / "points.ply")),
             cameras=plan.asked,
-            blocked=plan.report.blocked.tolist(),
+            # Of the whole path: a recipe's report is about one of its walks.
+            blocked=check_clearance(plan.asked, self.studio.seen(world_id).depth).blocked.tolist(),
             overview=True,
         )
         return PathView(plan.report.reason, viewer, published(folder / "cameras.npz"))
@@ -136,9 +151,7 @@ class Handlers:
         Raises:
             UserError: the world is gone, the path cannot be used, or too many jobs are waiting.
         """
-        job = self._job(world_id, path, video)
-        self.studio.plan(world_id, job)  # A path that cannot be used is refused now and not after the queue.
-        return self.studio.generate(world_id, job)
+        return self.studio.generate(world_id, self._job(world_id, path, video))
 
     def lift(self, world_id: str) -> str:
         """Queue the lifting of a walkthrough to splats and return the id of its job.
@@ -189,7 +202,7 @@ class Handlers:
             # A float, because whole numbers from the browser are integers and chunks are found by the job's exact text.
             guidance_scale=number(video.guidance_scale, "Guidance"),
             seed=int(number(video.seed, "Seed")),
-            prompt=video.prompt,
+            prompt=video.prompt or "",
             memory=video.memory,
         )
 

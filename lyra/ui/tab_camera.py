@@ -10,8 +10,9 @@ from html import escape
 
 import gradio as gr
 
-from lyra.config import CHUNK_FRAMES, MAX_CHUNKS
+from lyra.config import CHUNK_FRAMES, MAX_CHUNKS, RECIPE_CHUNKS
 from lyra.trajectory.presets import PROJECT_PRESETS
+from lyra.trajectory.recipes import RECIPES
 from lyra.ui.handlers import length_in_words
 
 DEFAULT_PRESET = "push-in"
@@ -48,7 +49,7 @@ def build_camera_tab() -> CameraTab:
     """Lay out the tab in the present `gr.Tabs`."""
     with gr.Tab("2 Camera", id="camera", interactive=False) as tab:
         preset = gr.Radio(
-            [(preset_label(name), name) for name in PROJECT_PRESETS],
+            [(preset_label(name), name) for name in (*PROJECT_PRESETS, *RECIPES)],
             value=DEFAULT_PRESET,
             label="Camera move",
             elem_id="lyra-preset",
@@ -73,19 +74,26 @@ def build_camera_tab() -> CameraTab:
             elem_id="lyra-chunks",
         )
         fact = gr.HTML(path_in_words(DEFAULT_PRESET, 1, None), elem_classes="lyra-flat", elem_id="lyra-path")
-        with gr.Accordion("Use a trajectory.npz instead of a preset", open=False):
+        with gr.Accordion("Use a path from a file instead of a preset", open=False):
             gr.Markdown(
-                "Arrays `w2c` (N, 4, 4), `intrinsics` (N, 3, 3) in pixels, `image_height` and `image_width`, with at "
-                "least 1 + 80 poses for each chunk. A world's own `cameras.npz` has this form."
+                "`trajectory.npz`: arrays `w2c` (N, 4, 4), `intrinsics` (N, 3, 3) in pixels, `image_height` and "
+                "`image_width`, with at least 1 + 80 poses for each chunk; a world's own `cameras.npz` has this form. "
+                "Or the camera path JSON of the released Lyra 2 interface."
             )
-            trajectory = gr.File(label="trajectory.npz", height=120, elem_id="lyra-trajectory")
+            trajectory = gr.File(label="trajectory.npz or camera path JSON", height=120, elem_id="lyra-trajectory")
         note = gr.HTML(visible=False, elem_classes="lyra-flat", elem_id="lyra-path-note")
         onward = gr.Button("Continue to the video", variant="primary")
     return CameraTab(tab, preset, strength, chunks, trajectory, fact, note, onward)
 
 
+def chooses_chunks(preset: str, trajectory: str | None) -> bool:
+    """Whether the length of the move is for the user to choose; recipes have their own."""
+    return bool(trajectory) or preset not in RECIPE_CHUNKS
+
+
 def path_in_words(preset: str, chunks: int, trajectory: str | None) -> str:
     """What the camera does and for how long, as HTML."""
-    known = PROJECT_PRESETS.get(preset)
+    known = PROJECT_PRESETS.get(preset) or RECIPES.get(preset)
     move = "Follow the poses of the file." if trajectory else known.description if known else ""
+    chunks = chunks if trajectory else RECIPE_CHUNKS.get(preset, chunks)
     return f'<p class="lyra-fact">{escape(move)} <b>{length_in_words(chunks)}</b></p>'

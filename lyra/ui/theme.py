@@ -45,6 +45,16 @@ CSS = """
   #lyra-examples .grid-container { grid-template-columns: repeat(2, 1fr); }
 }
 
+#lyra-licence { gap: 10px; padding: 12px 16px; border: 1px solid var(--border-color-primary);
+  border-left: 3px solid #d97706; border-radius: 4px; background: var(--background-fill-primary); }
+#lyra-licence h2 { margin: 0 0 6px; font-size: 1.1rem; }
+#lyra-licence p { margin: 0 0 6px; text-wrap: pretty; }
+#lyra-licence a { margin: 0; padding: 0; }
+#lyra-licence table { width: 100%; margin: 0; border-collapse: collapse; font-size: var(--text-sm); }
+#lyra-licence :is(th, td) { padding: 4px 12px 4px 0; border: 0; border-top: 1px solid var(--border-color-primary);
+  text-align: left; vertical-align: top; font-weight: 400; }
+#lyra-licence thead th { border-top: 0; color: var(--body-text-color-subdued); }
+
 .lyra-note { margin: 0; padding: 8px 12px; border-left: 3px solid var(--color-accent); border-radius: 4px;
   background: var(--background-fill-secondary); text-wrap: pretty; }
 .lyra-warning { border-left-color: #d97706; }

@@ -17,8 +17,9 @@ from lyra.serving.jobs import JobStatus
 from lyra.serving.studio import JobKind
 from lyra.ui.examples import Example
 from lyra.ui.handlers import Handlers, PathChoice, PhotoView, VideoChoice, attempt, published
+from lyra.ui.licence_gate import LicenceGate
 from lyra.ui.stages import message, stage_list
-from lyra.ui.tab_camera import CameraTab, path_in_words
+from lyra.ui.tab_camera import CameraTab, chooses_chunks, path_in_words
 from lyra.ui.tab_photo import PhotoTab
 from lyra.ui.tab_video import VideoTab
 from lyra.ui.tab_world import WorldTab
@@ -30,6 +31,7 @@ Visit = dict[str, str]
 """What the visitor's browser keeps: the ids `session` and `world`."""
 
 DEPTH_KEY = "light is near, dark is far, grey is sky"
+LOADING = "The model is being loaded…"
 BUSY = "The world of this photo is still being made; wait for it or cancel it in tab 3 or 4."
 
 
@@ -42,10 +44,21 @@ class Page:
     visit: gr.BrowserState
     tabs: gr.Tabs
     viewer: WorldViewer
+    licence: LicenceGate
     photo: PhotoTab
     camera: CameraTab
     video: VideoTab
     world: WorldTab
+
+    def accept_licence(self, agreed: bool) -> Updates:
+        """The box under the licence was ticked: remember it and load the model."""
+        gate = self.licence
+        if not agreed:
+            return {gate.note: gr.skip()}
+        _, error = attempt(self.handlers.accept_licences, gate.licences)
+        if error is not None:
+            return {gate.agree: False} | shown(gate.note, message(error, "error"))
+        return shown(gate.note, "") | shown(self.photo.note, "")
 
     def choose_upload(self, upload: dict[str, Any] | None, visit: Any) -> Iterator[Updates]:
         """A photo was uploaded; Gradio hands over its untouched file."""
@@ -72,6 +85,7 @@ class Page:
         camera = self.camera
         updates: Updates = {
             camera.fact: path_in_words(preset, int(chunks or 0), trajectory),
+            camera.chunks: gr.update(visible=chooses_chunks(preset, trajectory)),
             camera.onward: gr.update(interactive=view is not None),
             self.video.tab: gr.Tab(interactive=view is not None),
             self.viewer: view.viewer if view else gr.skip(),
@@ -130,11 +144,25 @@ class Page:
         value, _ = attempt(self.handlers.view_splats, world)
         return {self.viewer: value or gr.skip()}
 
-    def restore(self, visit: Any) -> Updates:
-        """The page was loaded: put back the visitor's photo, settings and results, and watch the unfinished jobs."""
-        world_id = read_visit(visit).get("world")
+    def arrive(self, visit: Any) -> Iterator[Updates]:
+        """The page was loaded, or its licence accepted: ask for the licence, or wait for the model and restore."""
+        gate, studio = self.licence, self.handlers.studio
+        waiting = gate.reason is not None
+        yield {gate.panel: gr.update(visible=waiting)}
+        if waiting:
+            return
+        if not studio.is_loading:
+            studio.load_again()  # What was in the way when the app was started may be settled by now.
+        if studio.is_loading:
+            yield shown(gate.note, message(LOADING))
+        _, error = attempt(lambda: studio.pipeline)
+        yield shown(gate.note, message(error, "error")) | ({} if error else self._restored(read_visit(visit)))
+
+    def _restored(self, visit: Visit) -> Updates:
+        """The visitor's photo, settings and results, and the jobs to watch that are unfinished."""
+        world_id = visit.get("world")
         if world_id is None:
-            return {self.photo.note: gr.skip()}
+            return {}
         view, _ = attempt(self.handlers.view_photo, world_id)
         if view is None:
             return {self.visit: {}}
@@ -151,9 +179,15 @@ class Page:
         return (self.video, "video"), (self.world, "lift")
 
     def _choose(self, path: str, visit: Visit, credit: str | None) -> Iterator[Updates]:
+        if (reason := self.licence.reason) is not None:
+            yield shown(self.photo.note, message(reason, "error")) | {self.photo.photo: None}
+            return
         if any(self._unfinished(visit.get("world", ""), kind) for _, kind in self._long_work):
             yield shown(self.photo.note, message(BUSY, "error"))
             return
+        if self.handlers.studio.is_loading:
+            yield shown(self.photo.note, message(LOADING))
+            attempt(lambda: self.handlers.studio.pipeline)
         yield shown(self.photo.note, message("Measuring depth and field of view…"))
         view, error = attempt(self.handlers.see_photo, path, visit.get("session"))
         if view is None:
@@ -208,7 +242,7 @@ class Page:
         return {
             camera.preset: choice.preset,
             camera.strength: choice.strength,
-            camera.chunks: choice.chunks,
+            camera.chunks: gr.update(value=choice.chunks, visible=chooses_chunks(choice.preset, choice.trajectory)),
             camera.trajectory: published(file) if file else None,
             camera.fact: path_in_words(choice.preset, choice.chunks, choice.trajectory),
             video.sampler: job["sampler"],
@@ -269,6 +303,8 @@ def connect(page: Page, app: gr.Blocks) -> None:
     """Bind every event of the page. All are private: other programs use the endpoints of `api.py`."""
     photo, camera, video, world = page.photo, page.camera, page.video, page.world
     everything: list[Any] = [page.visit, page.tabs, page.viewer]
+    gate = page.licence
+    everything += [gate.panel, gate.agree, gate.note]
     for tab in (photo, camera, video, world):
         everything += [getattr(tab, name) for name in tab.__dataclass_fields__]
     private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -297,9 +333,11 @@ def connect(page: Page, app: gr.Blocks) -> None:
     for button, following in ((photo.onward, "camera"), (camera.onward, "video"), (video.onward, "world")):
         button.click(selecting(following), None, page.tabs, **quick)
 
-    loaded = app.load(page.restore, visit, everything, **quick)
-    loaded.then(page.watch_video, [*visit, video.job], everything, **watching)
-    loaded.then(page.watch_lift, [*visit, world.job], everything, **watching)
+    accepted = gate.agree.input(page.accept_licence, gate.agree, [gate.agree, gate.note, photo.note], **quick)
+    loaded = app.load(page.arrive, visit, everything, **watching)
+    for arrived in (loaded, accepted.then(page.arrive, visit, everything, **watching)):
+        arrived.then(page.watch_video, [*visit, video.job], everything, **watching)
+        arrived.then(page.watch_lift, [*visit, world.job], everything, **watching)
 
 
 def selecting(tab: str) -> Callable[[], gr.Tabs]:

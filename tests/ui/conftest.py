@@ -2,11 +2,15 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from tests.released_checkpoint import write_released
+from tests.ui.visit import SOON
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = [
@@ -60,3 +64,17 @@ def serve_app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...
         yield serve
         for app in served:
             app.close()
+
+
+@pytest.fixture(scope="module")
+def patience() -> Iterator[None]:
+    """Expectations about the page wait as long as a busy machine needs."""
+    expect.set_options(timeout=SOON)
+    yield
+    expect.set_options(timeout=5_000)
+
+
+@pytest.fixture(scope="session")
+def released_repository(tmp_path_factory: pytest.TempPathFactory, released_shapes: dict[str, Any]) -> Path:
+    """A folder with a small checkpoint in the released layout."""
+    return write_released(tmp_path_factory.mktemp("repository"), released_shapes).parent

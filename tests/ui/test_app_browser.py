@@ -5,87 +5,27 @@ A walkthrough is generated once, and begun and cancelled once.
 """
 
 import io
-import os
 import re
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from PIL import Image
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Page, expect
 from plyfile import PlyData
 
-pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
+from tests.ui.visit import Visit, served_process
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(900), pytest.mark.usefixtures("patience")]
+
 GENERATING = 800_000
 """Milliseconds in which a walkthrough of one chunk is finished, also on a busy machine; 60 s is usual."""
-SOON = 90_000
-"""Milliseconds for what takes seconds."""
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("app")
-    command = [sys.executable, "app.py", "--port", str(port), "--worlds", str(folder / "worlds")]
-    environment = os.environ | {"GRADIO_TEMP_DIR": str(folder / "gradio")}
-    with (
-        (folder / "errors.txt").open("w") as errors,
-        subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as app,
-    ):
-        assert app.stdout is not None
-        line = app.stdout.readline()
-        address = re.search(r"http://\S+", line)
-        assert address, (folder / "errors.txt").read_text()
-        yield address[0]
-        app.terminate()
-    assert "Traceback" not in (folder / "errors.txt").read_text()
-
-
-class Visit:
-    """A visitor's page."""
-
-    def __init__(self, page: Page, url: str) -> None:
-        self.page, self.errors = page, list[str]()
-        self.hosts: set[str | None] = set()
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.on("request", lambda request: self.hosts.add(urlsplit(request.url).hostname))
-        page.set_default_timeout(SOON)
-        page.goto(url)
-
-    def tab(self, name: str) -> Locator:
-        return self.page.get_by_role("tab", name=name)
-
-    def button(self, name: str) -> Locator:
-        return self.page.get_by_role("button", name=name, exact=True)
-
-    def viewer(self, kind: str) -> dict[str, Any]:
-        """What the viewer shows once it has drawn something of this kind."""
-        self.page.locator(f".lyra-viewer[data-state=loaded][data-kind={kind}]").wait_for()
-        return self.page.locator(".lyra-viewer").evaluate("host => host.lyraViewer.probe()")
-
-    def view_of_the_world(self) -> np.ndarray:
-        png = self.page.locator(".lyra-viewer canvas").screenshot()
-        return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
-
-    def upload(self, path: Path) -> None:
-        self.page.locator("#lyra-photo input[type=file]").set_input_files(path)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def patience() -> Iterator[None]:
-    expect.set_options(timeout=SOON)
-    yield
-    expect.set_options(timeout=5_000)
+    with served_process(tmp_path_factory.mktemp("app")) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +50,7 @@ def test_what_is_no_photo_is_refused_beside_the_upload(visit: Visit, tmp_path: P
 
 
 def test_an_example_shows_its_depth_its_field_of_view_and_its_points(visit: Visit) -> None:
-    visit.page.locator("#lyra-examples button img").nth(2).click()
+    visit.choose_example(2)
     expect(visit.page.locator("#lyra-photo-note")).to_have_text(re.compile(r"Field of view \d\d°.*Photo: .*source"))
     expect(visit.page.locator("#lyra-depth img")).to_be_visible()
     shown = visit.viewer("points")

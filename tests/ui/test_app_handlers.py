@@ -7,6 +7,7 @@ the server are real.
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,10 +35,12 @@ from lyra.serving.jobs import JobManager
 from lyra.serving.sessions import Sessions
 from lyra.serving.studio import Studio
 from lyra.trajectory.files import read_trajectory
+from lyra.trajectory.gui_path import write_gui_path
 from lyra.types import DepthMap, GaussianScene
 from lyra.ui.app import LAUNCH, build_app
 from lyra.ui.handlers import Handlers, PathChoice, VideoChoice, attempt
 from lyra.ui.previews import SKY_GREY, depth_picture
+from lyra.ui.viewer import BLOCKED_COLOUR, PATH_COLOUR
 
 FOV = 62.0
 
@@ -46,6 +49,7 @@ class StandIn:
     """Has the methods of `LyraPipeline` that the app calls."""
 
     plan = LyraPipeline.plan
+    asked_path = LyraPipeline.asked_path
     parts = SimpleNamespace(settings=settings_of(DEFAULT_MODEL))
 
     def see(self, photo: Any) -> SeenPhoto:
@@ -155,8 +159,67 @@ def test_a_path_file_replaces_the_preset(client: Client, seen: SimpleNamespace, 
     cameras, _ = client.predict(seen.world, "truck-left", 1.0, 1, None, api_name="/plan_path")
     again, _ = client.predict(seen.world, "push-in", 1.0, 1, handle_file(cameras), api_name="/plan_path")
     torch.testing.assert_close(read_trajectory(again).w2c, read_trajectory(cameras).w2c)
-    with pytest.raises(AppError, match="not a readable npz"):
+    with pytest.raises(AppError, match="is neither JSON nor an npz file"):
         client.predict(seen.world, "push-in", 1.0, 1, handle_file(photo), api_name="/plan_path")
+
+
+def test_a_camera_path_of_the_released_interface_replaces_the_preset(
+    client: Client, seen: SimpleNamespace, tmp_path: Path
+) -> None:
+    cameras, _ = client.predict(seen.world, "truck-left", 1.0, 1, None, api_name="/plan_path")
+    path = tmp_path / "path.json"
+    write_gui_path(path, read_trajectory(cameras))
+    again, _ = client.predict(seen.world, "push-in", 1.0, 1, handle_file(path), api_name="/plan_path")
+    # The released interface moves at an even speed, so the way is the same and the times are not.
+    asked, walked = read_trajectory(cameras).w2c, read_trajectory(again).w2c
+    torch.testing.assert_close(walked[[0, -1]], asked[[0, -1]], atol=1e-3, rtol=0)
+    torch.testing.assert_close(walked[:, 0, 3], torch.linspace(0, 1, 81) * asked[-1, 0, 3], atol=1e-3, rtol=0)
+    path.write_text('{"path": [{"R": [0, 0, 0, 1], "T": [0, 0, 0]}]}')
+    with pytest.raises(AppError, match=r'In keyframe 0 of path\.json "fov" is missing'):
+        client.predict(seen.world, "push-in", 1.0, 1, handle_file(path), api_name="/plan_path")
+
+
+def test_a_path_file_stays_when_its_upload_is_gone(handlers: Handlers, photo: Path, tmp_path: Path) -> None:
+    world_id = handlers.see_photo(str(photo)).world_id
+    planned = handlers.plan_path(world_id, PathChoice("pan-left"))
+    upload = tmp_path / "upload.json"
+    write_gui_path(upload, read_trajectory(planned.cameras))
+    job = handlers.studio.job(world_id, trajectory=str(upload))
+    upload.unlink()
+    assert len(handlers.studio.plan(world_id, job).cameras) == 81
+    assert Path(str(job.trajectory)).parent == handlers.studio.sessions.world(world_id).folder
+
+
+def test_a_recipe_has_its_own_number_of_chunks(client: Client, seen: SimpleNamespace) -> None:
+    cameras, _ = client.predict(seen.world, "zoom-in-zoom-out", 1.0, 1, None, api_name="/plan_path")
+    path = read_trajectory(cameras)
+    assert len(path) == 321
+    torch.testing.assert_close(path.w2c[240], torch.eye(4))
+
+
+def test_a_recipe_is_drawn_whole_and_red_where_it_is_blocked(
+    tmp_path: Path, photo: Path, serve_app: Callable[..., str]
+) -> None:
+    class AtAWall(StandIn):
+        def see(self, photo: Any) -> SeenPhoto:
+            seen = super().see(photo)
+            wall = replace(seen.depth, depth=torch.full_like(seen.depth.depth, 2.0))
+            return replace(seen, depth=wall)
+
+    jobs = JobManager()
+    handlers = Handlers(Studio(AtAWall, Sessions(tmp_path / "worlds"), jobs))  # type: ignore[arg-type]
+    view = handlers.plan_path(handlers.see_photo(str(photo)).world_id, PathChoice("zoom-in-zoom-out", strength=2.0))
+    jobs.close()
+    path = view.viewer["path"]
+    colours = dict(zip(path["frames"], path["colours"], strict=True))
+    assert colours[0] == PATH_COLOUR and colours[320] == BLOCKED_COLOUR
+    assert "shortened" in str(view.reason)
+
+
+def test_an_empty_prompt_is_no_prompt(handlers: Handlers, photo: Path) -> None:
+    world_id = handlers.see_photo(str(photo)).world_id
+    job_id = handlers.generate(world_id, PathChoice("pan-left"), VideoChoice(prompt=None))  # type: ignore[arg-type]
+    assert handlers.finished(job_id).run["job"]["prompt"] == ""
 
 
 def test_a_world_is_generated_and_lifted(client: Client, seen: SimpleNamespace, worlds: Path) -> None:

@@ -1,0 +1,167 @@
+"""Where networks wait and where they run: resident, one at a time on the device, or streamed block by block.
+
+All moving is done by the hooks of accelerate and diffusers; this file decides which network gets which, switches LoRAs
+per job and remembers text embeddings. Knows no file layout and no loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import cpu_offload_with_hook
+from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
+from torch import Tensor, nn
+
+from lyra.errors import UserError
+from lyra.models.lora import load_lora, loaded_loras, read_lora, set_loras
+from lyra.models.transformer import Lyra2Transformer3DModel
+from lyra.placement import Placement
+
+TEXTS_KEPT = 64
+"""Embeddings that stay in memory, at 4 MB each in the released model."""
+DMD = "dmd"
+"""Name under which the distillation's LoRA is loaded."""
+
+
+class OnDemand:
+    """A network that comes to the device when it is called and leaves it when it is told to.
+
+    Args:
+        resident: it stays on the device instead.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device, *, resident: bool) -> None:
+        self._hook: Any = None
+        if resident:
+            network.to(device)
+        else:
+            _, self._hook = cpu_offload_with_hook(network, device)
+
+    def leave(self) -> None:
+        """Free the device."""
+        if self._hook is not None:
+            self._hook.offload()
+
+    def leaving_call(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, after which the network leaves the device."""
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.leave()
+
+        return called
+
+    def leaving(self, owner: Any, *methods: str) -> Any:
+        """An object with the same methods as `owner`, after each of which the network leaves the device."""
+        wrapped = {name: staticmethod(self.leaving_call(getattr(owner, name))) for name in methods}
+        return type(type(owner).__name__, (), wrapped)()
+
+
+class CachedTexts:
+    """Embeds texts, each once, and lets the encoder leave the device."""
+
+    def __init__(self, encode: Callable[[Sequence[str]], Tensor], on_demand: OnDemand, device: torch.device) -> None:
+        self._encode, self._on_demand, self._device = encode, on_demand, device
+        self._known: OrderedDict[str, Tensor] = OrderedDict()
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings of texts, one row each."""
+        missing = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if missing:
+            try:
+                rows = self._encode(missing).to(self._device)
+            finally:
+                self._on_demand.leave()
+            self._known |= {text: rows[i : i + 1] for i, text in enumerate(missing)}
+        result = torch.cat([self._known[text] for text in texts])
+        for text in texts:
+            self._known.move_to_end(text)
+        while len(self._known) > TEXTS_KEPT:
+            self._known.popitem(last=False)
+        return result
+
+
+def switch_loras(
+    transformer: Lyra2Transformer3DModel,
+    dmd_lora: Path | None,
+    needs_dmd_lora: bool,
+    sampler: str,
+    loras: Mapping[str, float],
+) -> None:
+    """`SamplerSwitch` as one call, which every process of a context-parallel group makes on its own transformer."""
+    SamplerSwitch(transformer, dmd_lora, needs_dmd_lora)(sampler, loras)
+
+
+@dataclass(frozen=True)
+class SamplerSwitch:
+    """Puts the LoRAs of a job on the transformer; nothing is loaded twice."""
+
+    transformer: Lyra2Transformer3DModel
+    dmd_lora: Path | None
+    needs_dmd_lora: bool
+    """The four-step sampler's weights are a LoRA."""
+
+    def __call__(self, sampler: str, loras: Mapping[str, float]) -> None:
+        """Make exactly the job's LoRAs active.
+
+        Raises:
+            UserError: a LoRA cannot be read or does not fit, or the four-step weights are missing.
+        """
+        strengths = {self.load(Path(path)): strength for path, strength in loras.items()}
+        if sampler == "dmd" and self.needs_dmd_lora:
+            if self.dmd_lora is None:
+                raise UserError(
+                    "This model's folder has no lora/dmd_distillation.safetensors, which the 4-step sampler needs; "
+                    "download it or choose --sampler full."
+                )
+            # Added after the others, as in the released code.
+            strengths[self.load(self.dmd_lora, DMD)] = 1.0
+        if strengths or loaded_loras(self.transformer):
+            set_loras(self.transformer, strengths)
+
+    def load(self, path: Path, name: str | None = None) -> str:
+        """Load a LoRA if it is not there yet; returns its name."""
+        path = path.expanduser()
+        if name is None:
+            digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+            name = f"{re.sub(r'[^A-Za-z0-9]', '_', path.stem)}_{digest}"
+        if name not in loaded_loras(self.transformer):
+            load_lora(self.transformer, read_lora(path), name)
+            # New layers get the hooks of the streaming that is in force.
+            _maybe_remove_and_reapply_group_offloading(self.transformer)
+        return name
+
+
+def place_transformer(transformer: Lyra2Transformer3DModel, placement: Placement) -> Callable[[], None]:
+    """Put the transformer where the placement wants it; returns what lets it leave the device after denoising."""
+    device = placement.torch_device
+    if placement.weights == "fp8":
+        transformer.enable_layerwise_casting(
+            storage_dtype=torch.float8_e4m3fn,
+            compute_dtype=placement.dtype,
+            skip_modules_pattern=(*Lyra2Transformer3DModel.KEPT_PRECISE, "lora_"),
+        )
+    if placement.offload == "group":
+        streams = device.type == "cuda"
+        transformer.enable_group_offload(
+            onload_device=device,
+            offload_device=torch.device("cpu"),
+            offload_type="block_level",
+            num_blocks_per_group=1,
+            use_stream=streams,
+            record_stream=streams,
+        )
+        return lambda: None
+    # Quantised weights are small and stay; moving them back and forth would cost more than the room is worth.
+    resident = placement.offload == "none" or placement.weights == "nf4"
+    return OnDemand(transformer, device, resident=resident).leave
