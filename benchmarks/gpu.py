@@ -24,12 +24,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "gpu.jsonl"
+START = "import sys; from benchmarks.gpu_cases import main; sys.exit(main())"
+"""What the process of a case runs."""
 SHORTEST_SECONDS = 10.0
 """A case is not started with less time than this."""
 GRACE_SECONDS = 20.0
 """A case looks at the clock between measurements; so long after its budget it is ended from outside."""
-CASE_FAILED = 3
-"""Exit code of a case that wrote its error itself."""
+CASE_FAILED, NO_GPU = 3, 4
+"""Exit codes of a case that wrote its error itself, and of one that torch gives no GPU."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ CASES: Mapping[str, Case] = {
 }
 
 PLAN: Sequence[tuple[str, float]] = (
-    (f"{' '.join(CASES)} --tiny --out OUT/tiny", 3.0),
+    ("forward dmd offload --tiny --out OUT/tiny", 2.5),
     ("ceilings dmd --out OUT", 6.0),
     ("forward fp8 --out OUT", 9.0),
     ("full offload --out OUT", 9.0),
@@ -255,7 +257,8 @@ def watch(command: Sequence[str], seconds: float) -> str | None:
     """Run a process to its end or for so long; says what was wrong, unless the process said it itself."""
     # Nothing is looked up on the network, and the modules of this checkout are found.
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    environment |= {"HF_HUB_OFFLINE": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
     with subprocess.Popen(command, env=environment) as process:
         try:
             code = process.wait(seconds)
@@ -265,6 +268,8 @@ def watch(command: Sequence[str], seconds: float) -> str | None:
         except BaseException:
             process.kill()
             raise
+    if code == NO_GPU:
+        return "torch can use no CUDA GPU here; rehearse with --device cpu"
     return None if code in (0, CASE_FAILED) else f"the process ended with code {code}; its output says why"
 
 
@@ -278,7 +283,7 @@ def run(request: Request) -> int:
         problem: str | None = f"not started: {max(seconds, 0):.0f} s were left of {request.minutes:g} minutes"
         if seconds >= SHORTEST_SECONDS:
             arguments = request.arguments(name, seconds / 60)
-            problem = watch([sys.executable, "-m", "benchmarks.gpu_cases", *arguments], seconds + GRACE_SECONDS)
+            problem = watch([sys.executable, "-c", START, *arguments], seconds + GRACE_SECONDS)
         if problem is not None:
             machine = {"host": platform.machine(), "python": platform.python_version()}
             append(request.out, Result(name, name, request.revision, now(), machine, {}, error=problem))
@@ -296,19 +301,21 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
     """Results as text."""
     rows = [f"{'':<42}{'seconds':>11}{'TFLOP/s':>9}{'/limit':>8}{'GB':>7}{'error':>9}"]
     for line in lines:
-        seconds, memory = line["seconds"] or {}, line["memory"] or {}
-        reserved = memory.get("peak_reserved")
-        figures = (
-            (seconds.get("median"), ">11.4g"),
-            (line["tflops"], ">9.4g"),
-            (line["ratio_to_limit"], ">8.2f"),
-            (reserved / 1e9 if reserved else None, ">7.1f"),
-            (line["checks"].get("relative_error"), ">9.1e"),
-        )
-        text = "".join(format("" if value is None else value, form if value is not None else form[:-2].split(".")[0])
-                       for value, form in figures)  # fmt: skip
-        rows.append(f"{line['name']:<42}{text}" + (f"  {line['error']}" if line["error"] else ""))
+        reserved = (line["memory"] or {}).get("peak_reserved")
+        cells = [
+            cell((line["seconds"] or {}).get("median"), 11, ".4g"),
+            cell(line["tflops"], 9, ".4g"),
+            cell(line["ratio_to_limit"], 8, ".2f"),
+            cell(reserved and reserved / 1e9, 7, ".1f"),
+            cell(line["checks"].get("relative_error"), 9, ".1e"),
+        ]
+        rows.append(f"{line['name']:<42}{''.join(cells)}  {line['error'] or ''}".rstrip())
     return "\n".join(rows)
+
+
+def cell(value: float | None, width: int, form: str) -> str:
+    """A number at the right of a column, or nothing."""
+    return ("" if value is None else format(value, form)).rjust(width)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

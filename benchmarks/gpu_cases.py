@@ -7,7 +7,6 @@ fails only the cases that use it. Whole chunks are `benchmarks/gpu_chunks.py`.
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,11 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.gpu import CASE_FAILED, Memory, parse
-from benchmarks.gpu_measure import KERNELS, PEAKED, REPEATS, SEED, Bench, OutOfTime, relative_error, timing
+from benchmarks.gpu import CASE_FAILED, NO_GPU, Memory, Timing, parse
+from benchmarks.gpu_measure import KERNELS, PEAKED, REPEATS, SEED, Bench, attend, relative_error, timing
 
 if TYPE_CHECKING:
     from lyra.models.transformer import Lyra2Transformer3DModel
@@ -47,25 +46,20 @@ def ceilings(bench: Bench) -> None:
             bench.attempt(f"float8 product by {scaled}/{shape}", float8_product, bench, rows, inner, width, scaled)
     for name in KERNELS[bench.device.type]:
         bench.attempt(f"attention/{name}", attention, bench, name)
-    bench.attempt("copy/device", copy, bench, bench.device)
-    bench.attempt("copy/from host", copy, bench, torch.device("cpu"))
+    bench.attempt("copy/device", copy, bench, False)
+    bench.attempt("copy/from host", copy, bench, True)
 
 
 def product(bench: Bench, rows: int, inner: int, width: int) -> None:
     """One product with a weight matrix in the model's number format."""
-    x, weight = bench.random(rows, inner), bench.random(width, inner) / math.sqrt(inner)
+    x, weight = bench.matrices(rows, inner, width)
     seconds = bench.time(lambda: F.linear(x, weight))
-    error = relative_error(F.linear(x, weight)[:CHECKED_ROWS], F.linear(x[:CHECKED_ROWS].float(), weight.float()))
-    shapes = {"rows": rows, "inner": inner, "width": width, "dtype": str(bench.dtype)}
-    checks = {"relative_error": error}
-    bench.write(
-        f"product/{rows}x{inner}x{width}", seconds, shapes=shapes, flops=2 * rows * inner * width, checks=checks
-    )
+    write_product(bench, "product", seconds, x, weight, F.linear(x, weight), str(bench.dtype))
 
 
 def float8_product(bench: Bench, rows: int, inner: int, width: int, scaled: str) -> None:
     """The same in float8, with one scale for each matrix or for each of its rows; quantising is not timed."""
-    x, weight = bench.random(rows, inner), bench.random(width, inner) / math.sqrt(inner)
+    x, weight = bench.matrices(rows, inner, width)
     small, x_scale = to_float8(x, scaled)
     small_weight, weight_scale = to_float8(weight, scaled)
 
@@ -73,11 +67,22 @@ def float8_product(bench: Bench, rows: int, inner: int, width: int, scaled: str)
         scales = {"scale_a": x_scale, "scale_b": weight_scale.t()}
         return torch._scaled_mm(small, small_weight.t(), **scales, out_dtype=torch.bfloat16, use_fast_accum=True)
 
-    seconds = bench.time(run)
-    error = relative_error(run()[:CHECKED_ROWS], F.linear(x[:CHECKED_ROWS].float(), weight.float()))
-    shapes = {"rows": rows, "inner": inner, "width": width, "dtype": str(FLOAT8)}
-    name = f"float8 product by {scaled}/{rows}x{inner}x{width}"
-    bench.write(name, seconds, shapes=shapes, flops=2 * rows * inner * width, checks={"relative_error": error})
+    write_product(bench, f"float8 product by {scaled}", bench.time(run), x, weight, run(), str(FLOAT8))
+
+
+def write_product(
+    bench: Bench, name: str, seconds: Timing, x: Tensor, weight: Tensor, found: Tensor, dtype: str
+) -> None:
+    """Write a product's time, and how far some of its rows are from those in float32."""
+    (rows, inner), width = x.shape, len(weight)
+    exact = F.linear(x[:CHECKED_ROWS].float(), weight.float())
+    bench.write(
+        f"{name}/{rows}x{inner}x{width}",
+        seconds,
+        shapes={"rows": rows, "inner": inner, "width": width, "dtype": dtype},
+        flops=2 * rows * inner * width,
+        checks={"relative_error": relative_error(found[:CHECKED_ROWS], exact)},
+    )
 
 
 def to_float8(x: Tensor, scaled: str) -> tuple[Tensor, Tensor]:
@@ -90,15 +95,11 @@ def to_float8(x: Tensor, scaled: str) -> tuple[Tensor, Tensor]:
 def attention(bench: Bench, name: str) -> None:
     """The model's self-attention with one kernel."""
     c, n = bench.cost.config, bench.cost.tokens.total
-    run = bench.attention(KERNELS[bench.device.type][name])
-    seconds, memory = bench.time(run), bench.memory
-    # The same numbers again, for a few of the queries in float32.
-    bench.generator.manual_seed(SEED)
-    run = bench.attention(KERNELS[bench.device.type][name])
-    bench.generator.manual_seed(SEED)
     q, k, v = bench.heads()
+    kernel = KERNELS[bench.device.type][name]
+    seconds, memory = bench.time(lambda: attend(q, k, v, kernel)), bench.memory
     weights = (q[:, :, :CHECKED_ROWS].float() @ k.float().mT / math.sqrt(q.shape[-1])).softmax(dim=-1)
-    error = relative_error(run()[:, :, :CHECKED_ROWS], weights @ v.float())
+    error = relative_error(attend(q, k, v, kernel)[:, :, :CHECKED_ROWS], weights @ v.float())
     bench.write(
         f"attention/{name}",
         seconds,
@@ -110,19 +111,18 @@ def attention(bench: Bench, name: str) -> None:
     )
 
 
-def copy(bench: Bench, source: torch.device) -> None:
-    """Moving bytes inside the device (read and written ones count) or from pinned host memory."""
+def copy(bench: Bench, from_host: bool) -> None:
+    """Moving bytes inside the device (read and written ones count) or to it from pinned memory."""
     count = 2**20 if bench.request.tiny else COPIED_BYTES
-    inside = source == bench.device
-    there = torch.empty(count, dtype=torch.uint8, device=bench.device)
-    here = torch.randint(0, 256, (count,), dtype=torch.uint8, device=bench.device, generator=bench.generator)
-    if not inside or not bench.on_gpu:
-        here = here.cpu()
-    if not inside and bench.on_gpu:
-        here = here.pin_memory()
+    there, here = (
+        torch.randint(0, 256, (count,), dtype=torch.uint8, device=bench.device, generator=bench.generator)
+        for _ in range(2)
+    )
+    if from_host and bench.on_gpu:
+        here = here.cpu().pin_memory()
     seconds = bench.time(lambda: there.copy_(here, non_blocking=True))
-    name = "copy/device" if inside and source.index is None else "copy/from host"
-    bench.write(name, seconds, shapes={"bytes": count}, bytes=count * (2 if inside else 1))
+    name = "copy/from host" if from_host else "copy/device"
+    bench.write(name, seconds, shapes={"bytes": count}, bytes=count * (1 if from_host else 2))
 
 
 @torch.no_grad()
@@ -216,7 +216,7 @@ def measure_passes(
     counted = (flops.total, flops.per_forward)
     seconds: tuple[list[float], list[float]] = ([], [])
     memory: list[Memory] = [bench.memory, bench.memory]
-    bench.rates  # noqa: B018 Measured before the weights' memory is looked at.
+    bench.free()
     with attention_backend(way.backend), way_of(bench, model, way):
         started, cache = time.perf_counter(), ChunkCache()
         outputs = [model(**part, cache=cache) for part in inputs]
@@ -248,6 +248,7 @@ def measure_passes(
 
 def forward(bench: Bench) -> None:
     """Passes of the transformer in every way that works."""
+    bench.measure_rates()
     model = random_transformer(bench)
     inputs = random_inputs(bench, model)
     plain = bench.attempt("plain", measure_passes, bench, model, inputs, Way("native"), None)
@@ -257,20 +258,16 @@ def forward(bench: Bench) -> None:
 
 
 def other_ways(
-    bench: Bench,
-    model: Lyra2Transformer3DModel,
-    inputs: Sequence[dict[str, Tensor]],
-    plain: Sequence[Tensor] | None,
-    note: str | None = None,
+    bench: Bench, model: Lyra2Transformer3DModel, inputs: Sequence[dict[str, Tensor]], plain: Sequence[Tensor] | None
 ) -> None:
-    """Compiled, and with each attention kernel, the most promising first."""
-    fastest = bench.rates.fastest
-    way = Way(fastest, compiled=True)
-    if bench.attempt(way.name, measure_passes, bench, model, inputs, way, plain, "", note) is None:
-        way = Way(fastest, compiled=True, whole_graph=False)
-        bench.attempt(way.name, measure_passes, bench, model, inputs, way, plain, "", note)
-    for name in sorted(bench.rates.attention, key=lambda kernel: -bench.rates.attention[kernel]):
-        bench.attempt(name, measure_passes, bench, model, inputs, Way(name), plain, "", note)
+    """Compiled, and with each attention kernel, the fastest first."""
+    kernels = sorted(bench.rates.attention, key=lambda name: -bench.rates.attention[name])
+    way = Way(kernels[0], compiled=True)
+    if bench.attempt(way.name, measure_passes, bench, model, inputs, way, plain) is None:
+        way = Way(kernels[0], compiled=True, whole_graph=False)
+        bench.attempt(way.name, measure_passes, bench, model, inputs, way, plain)
+    for name in kernels:
+        bench.attempt(Way(name).name, measure_passes, bench, model, inputs, Way(name), plain)
 
 
 def yardsticks(
@@ -297,14 +294,16 @@ def fp8(bench: Bench) -> None:
     from lyra.offload import place_transformer
     from lyra.placement import Placement
 
+    bench.measure_rates()
     model = random_transformer(bench)
     inputs = random_inputs(bench, model)
-    plain = bench.attempt("plain", measure_passes, bench, model, inputs, Way("native"), None, "before, ")
+    plain = bench.attempt("plain", measure_passes, bench, model, inputs, Way("native"), None, "unrounded ")
     place_transformer(model, Placement("fp8", "none", device=str(bench.device)))
     bench.free()
+    # Not compiled: casting replaces parameters in the middle of a pass, which torch.compile refuses.
     note = "weights of the blocks in float8, products in the number format of the activations"
-    bench.attempt("eager", measure_passes, bench, model, inputs, Way("native"), plain, "", note)
-    other_ways(bench, model, inputs, plain, note)
+    for way in (Way(bench.rates.fastest), Way("native")):
+        bench.attempt(way.name, measure_passes, bench, model, inputs, way, plain, "", note)
 
 
 def measurement(name: str) -> Callable[[Bench], None]:
@@ -320,18 +319,14 @@ def measurement(name: str) -> Callable[[Bench], None]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure one case; returns an exit code."""
     request, _ = parse(arguments)
+    if request.device == "cuda" and not torch.cuda.is_available():
+        return NO_GPU
     torch.manual_seed(SEED)  # Of the networks that torch initialises.
     bench = Bench(request)
     try:
         with torch.no_grad():
             measurement(bench.case)(bench)
-    except (Exception, OutOfTime) as error:
+    except Exception as error:
         bench.fail("end", error)
         return CASE_FAILED
     return 0
-
-
-if __name__ == "__main__":
-    # Other modules import this one by its name, and nn is needed for annotations only.
-    _ = nn
-    sys.exit(main())

@@ -7,6 +7,7 @@ size that a network has, because zeros run faster. Knows no case: `benchmarks/gp
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import platform
 import resource
@@ -16,7 +17,6 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from importlib import metadata
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from benchmarks.gpu import Limit, Memory, Request, Result, Timing, append, now
 from lyra.models.cost import ModelCost, count_cost
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 WARM_UPS = 2
 REPEATS = 5
 SEED = 0
@@ -36,7 +37,18 @@ PEAKED = 1.7
 """Weight of the norms of random queries and keys: attention then picks a few of 38,000 tokens, as a trained network's
 does. With weights of one it would be their mean, and a wrong kernel would hardly change the result."""
 
-TINY = {"dim": 64, "num_heads": 2, "num_layers": 3, "ffn_dim": 128, "text_dim": 32, "freq_dim": 32, "image_dim": 32}
+TINY: Mapping[str, int] = {
+    "dim": 64,
+    "num_heads": 2,
+    "num_layers": 3,
+    "ffn_dim": 128,
+    "text_dim": 32,
+    "freq_dim": 32,
+    "image_dim": 32,
+    "camera_channels": 24,
+    "correspondence_channels": 80,
+    "correspondence_squeeze": 32,
+}
 """Sizes of the rehearsal's transformer; the rest is as released."""
 
 KERNELS: Mapping[str, Mapping[str, SDPBackend]] = {
@@ -86,38 +98,32 @@ class Bench:
         self.sizes: dict[str, Any] = dict(TINY) if request.tiny else {}
         self.cost: ModelCost = count_cost(self.sizes, request.height, request.width)
         self.machine = machine_facts(self.device)
+        self.rates = Rates(math.nan, {})
+        """Of `measure_rates`."""
 
-    @cached_property
-    def rates(self) -> Rates:
-        """Speeds of this device now."""
+    def measure_rates(self) -> Rates:
+        """Measure this device's speeds, with which results are compared from then on."""
         c, n = self.cost.config, self.cost.tokens.total
         work = seconds = 0.0
         for width, count in ((c.ffn_dim, 2), (c.dim, 6)):
+            x, weight = self.matrices(n, c.dim, width)
             work += count * 2 * n * c.dim * width
-            seconds += count * self.time(self.product(n, c.dim, width)).median
+            seconds += count * self.time(lambda x=x, weight=weight: F.linear(x, weight)).median
         attention = {}
+        q, k, v = self.heads()
         for name, kernel in KERNELS[self.device.type].items():
             try:
-                found = self.time(self.attention(kernel)).median
-            except RuntimeError:
+                found = self.time(lambda kernel=kernel: attend(q, k, v, kernel)).median
+            except RuntimeError as error:
+                logger.warning("%s does not work here: %s", name, error)
                 continue
             attention[name] = 4 * n * n * c.dim / found / 1e12
-        return Rates(work / seconds / 1e12, attention)
+        self.rates = Rates(work / seconds / 1e12, attention)
+        return self.rates
 
-    def product(self, rows: int, inner: int, width: int) -> Callable[[], Tensor]:
-        """A product with a weight matrix, ready to run."""
-        x, weight = self.random(rows, inner), self.random(width, inner) / math.sqrt(inner)
-        return lambda: F.linear(x, weight)
-
-    def attention(self, kernel: SDPBackend) -> Callable[[], Tensor]:
-        """The model's self-attention with a kernel, ready to run."""
-        q, k, v = self.heads()
-
-        def run() -> Tensor:
-            with sdpa_kernel(kernel):
-                return F.scaled_dot_product_attention(q, k, v)
-
-        return run
+    def matrices(self, rows: int, inner: int, width: int) -> tuple[Tensor, Tensor]:
+        """Tokens and a weight matrix that they are multiplied with."""
+        return self.random(rows, inner), self.random(width, inner) / math.sqrt(inner)
 
     def heads(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of the model's self-attention."""
@@ -189,8 +195,8 @@ class Bench:
 
     def free(self) -> None:
         """Give back memory that nothing uses."""
-        gc.collect()
         if self.on_gpu:
+            gc.collect()
             torch.cuda.empty_cache()
 
     def limit(self, linear: float, attention: float) -> Limit:
@@ -245,6 +251,16 @@ class Bench:
 def timing(seconds: Sequence[float], warm_ups: int = WARM_UPS) -> Timing:
     """Repeated times in short."""
     return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds), warm_ups)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, kernel: SDPBackend) -> Tensor:
+    """Attention with one kernel.
+
+    Raises:
+        RuntimeError: it does not work on this device or with these tensors.
+    """
+    with sdpa_kernel(kernel):
+        return F.scaled_dot_product_attention(q, k, v)
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:

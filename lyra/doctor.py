@@ -161,8 +161,8 @@ def device_rates(machine: Machine, measured: Path = MEASURED_RATES) -> Rates | N
     The CPU is measured on the spot, which takes a fraction of a second.
     """
     if machine.gpu_name is None:
-        tflops = cpu_tflops()
-        return Rates(tflops, tflops, f"{tflops * 1000:.0f} GFLOP/s, measured on this processor now")
+        measured_now = cpu_tflops()
+        return Rates(measured_now, measured_now, f"{measured_now * 1000:.0f} GFLOP/s, measured on this processor now")
     known = json.loads(measured.read_text(encoding="utf-8")) if measured.exists() else {}
     if machine.gpu_name in known:
         linear, attention = (known[machine.gpu_name][name] for name in ("linear_tflops", "attention_tflops"))

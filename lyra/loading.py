@@ -30,6 +30,7 @@ from lyra.errors import UserError
 from lyra.generation.walkthrough import Components, WalkDepth
 from lyra.hub import ModelSource, tokenizer_folder
 from lyra.models.autoencoder import TinyCausalAutoencoder
+from lyra.models.blocks import fastest_attention
 from lyra.models.clip_vision import CLIPImageEncoder
 from lyra.models.context_parallel import (
     ONE_PROCESS,
@@ -64,7 +65,7 @@ from lyra.models.text import HashedTextEncoder
 from lyra.models.tiled_autoencoder import TiledWanAutoencoder
 from lyra.models.transformer import Lyra2Transformer3DModel
 from lyra.models.umt5 import TEXT_LEN, UMT5TextEncoder, load_tokenizer, read_negative_embedding
-from lyra.offload import CachedTexts, OnDemand, place_transformer, switch_loras
+from lyra.offload import CachedTexts, OnDemand, place_text_encoder, place_transformer, switch_loras
 from lyra.placement import Placement
 
 
@@ -190,6 +191,7 @@ def saved_transformer(folder: Path, placement: Placement) -> Any:
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=placement.dtype,
         llm_int8_skip_modules=list(Lyra2Transformer3DModel.KEPT_PRECISE),
     )
@@ -244,9 +246,7 @@ def assemble(networks: Networks, placement: Placement, group: ContextParallelGro
         call_everywhere(transformer, switch_loras, networks.dmd_lora, needs_lora, sampler, dict(loras))
 
     # Text is encoded once per caption, so its encoder never keeps room that denoising could use.
-    texts = CachedTexts(
-        networks.encode_text, OnDemand(networks.text_encoder, device, resident=device.type == "cpu"), device
-    )
+    texts = CachedTexts(networks.encode_text, place_text_encoder(networks.text_encoder, placement), device)
     depth, walk_depth = depth_parts(networks, placement, resident)
     return LoadedModel(
         Components(
@@ -262,6 +262,7 @@ def assemble(networks: Networks, placement: Placement, group: ContextParallelGro
             use_sampler=use_sampler,
             release=release,
             attention=placement.attention,
+            waiting_caches=None if resident else torch.device("cpu"),
         ),
         depth,
     )
@@ -280,7 +281,7 @@ def serve_transformer(source: ModelSource, placement: Placement, group: ContextP
         transformer = saved_transformer(source.folder / "transformer", placement)
     place_transformer(transformer, placement)
     # The first process chooses its kernel around its own passes only.
-    with attention_backend(placement.attention):
+    with attention_backend(placement.attention), fastest_attention():
         serve(transformer, group)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import cpu_offload_with_hook
+from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
 from torch import Tensor, nn
 
@@ -35,13 +36,14 @@ class OnDemand:
 
     Args:
         resident: it stays on the device instead.
+        placed: other hooks move it already.
     """
 
-    def __init__(self, network: nn.Module, device: torch.device, *, resident: bool) -> None:
+    def __init__(self, network: nn.Module, device: torch.device, *, resident: bool, placed: bool = False) -> None:
         self._hook: Any = None
-        if resident:
+        if resident and not placed:
             network.to(device)
-        else:
+        elif not resident:
             _, self._hook = cpu_offload_with_hook(network, device)
 
     def leave(self) -> None:
@@ -152,16 +154,28 @@ def place_transformer(transformer: Lyra2Transformer3DModel, placement: Placement
             skip_modules_pattern=(*Lyra2Transformer3DModel.KEPT_PRECISE, "lora_"),
         )
     if placement.offload == "group":
-        streams = device.type == "cuda"
         transformer.enable_group_offload(
-            onload_device=device,
-            offload_device=torch.device("cpu"),
-            offload_type="block_level",
-            num_blocks_per_group=1,
-            use_stream=streams,
-            record_stream=streams,
+            offload_type="block_level", num_blocks_per_group=1, **streaming_options(placement.torch_device)
         )
         return lambda: None
-    # Quantised weights are small and stay; moving them back and forth would cost more than the room is worth.
-    resident = placement.offload == "none" or placement.weights == "nf4"
-    return OnDemand(transformer, device, resident=resident).leave
+    return OnDemand(transformer, device, resident=placement.offload == "none").leave
+
+
+def place_text_encoder(encoder: nn.Module, placement: Placement) -> OnDemand:
+    """Put the text encoder where the placement wants it: on an accelerator it never stays after its work."""
+    device = placement.torch_device
+    if placement.offload == "group":
+        apply_group_offloading(encoder, offload_type="leaf_level", **streaming_options(device))
+        return OnDemand(encoder, device, resident=True, placed=True)
+    return OnDemand(encoder, device, resident=device.type == "cpu")
+
+
+def streaming_options(device: torch.device) -> dict[str, Any]:
+    """Options of diffusers' group offloading: from pinned memory, ahead of the computation, where there are streams."""
+    streams = device.type == "cuda"
+    return {
+        "onload_device": device,
+        "offload_device": torch.device("cpu"),
+        "use_stream": streams,
+        "record_stream": streams,
+    }

@@ -308,8 +308,9 @@ def choose_placement(
         found = best_placement(machine, cost, weights, offload, decode, source.name)
         return replace(found.placement, device=str(chosen), cost=cost)
     check_names(weights, offload, decode)
-    settings: Any = (weights or ("fp32" if chosen.type == "cpu" else "bf16"), offload or "none", decode or "streamed")
-    placement = Placement(*settings, device=str(chosen))
+    default = "fp32" if chosen.type == "cpu" else "bf16"
+    settings: Any = {"weights": weights or default, "offload": offload or "none", "decode": decode or "streamed"}
+    placement = replace(Placement(device=str(chosen)), **settings)
     missing = [name for name in placement.packages if name not in machine.packages]
     if missing:
         raise UserError(f"{placement.options} needs a package that is missing; run pip install {' '.join(missing)}.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float, Int
@@ -34,6 +34,10 @@ class ChunkInputs:
     """History latents, then the encoded appearance warp."""
     rays: Float[Tensor, "1 r s h w"]
     correspondence: Float[Tensor, "1 c s h w"]
+
+    def to(self, dtype: torch.dtype) -> ChunkInputs:
+        """The same inputs in a number format."""
+        return ChunkInputs(**{item.name: getattr(self, item.name).to(dtype) for item in fields(self)})
 
 
 @dataclass(frozen=True)

@@ -52,10 +52,13 @@ class ChunkRecord:
         return {name: tensor.contiguous() for name, tensor in named.items()}
 
     def to(self, device: torch.device) -> ChunkRecord:
-        """The same record with its tensors on a device; frame numbers stay on the CPU, where they are read."""
+        """The same record with its tensors on a device; frame numbers and caches stay where they are."""
         on_cpu = ("measured_ids", "retrieved_ids")
         return ChunkRecord.from_tensors(
-            {name: value if name in on_cpu else value.to(device) for name, value in self.to_tensors().items()}
+            {
+                name: value if name in on_cpu or "cache/" in name else value.to(device)
+                for name, value in self.to_tensors().items()
+            }
         )
 
     @classmethod

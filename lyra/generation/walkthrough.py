@@ -34,10 +34,11 @@ from lyra.memory.appearance import SeenView, draw_seen, remember_pixels, visibil
 from lyra.memory.history import seed_repetitions
 from lyra.memory.retrieval import View, chunk_views, greedy_coverage
 from lyra.memory.spatial_cache import MemoryFrame, SpatialCache
+from lyra.models.blocks import fastest_attention
 from lyra.models.framepack import FramePackLayout
 from lyra.models.streaming import (
     StreamingAutoencoder,
-    copy_cache,
+    cache_to,
     decode_video,
     encode_repeated,
     encode_video,
@@ -95,6 +96,8 @@ class Components:
     """Lets the transformer leave the device after denoising, where others need the room."""
     attention: str = "native"
     """Which of diffusers' attention backends the transformer uses."""
+    waiting_caches: torch.device | None = None
+    """Where the autoencoder's caches are between chunks; where they are made, when None."""
 
 
 @dataclass(frozen=True)
@@ -128,13 +131,14 @@ def start(parts: Components, walk: Walk) -> WalkState:
     decoder_cache: dict = {}
     history = encode_repeated(parts.autoencoder, image[None], seed_repetitions(parts.layout), encoder_cache)
     prime_decoder(parts.autoencoder, history, decoder_cache)
+    waiting = parts.waiting_caches or image.device
     memory = SpatialCache()
     memory.write(0, walk.photo_depth, cameras.w2c[0], cameras.intrinsics[0])
     return WalkState(
         cameras=cameras,
         history=history,
-        encoder_cache=encoder_cache,
-        decoder_cache=decoder_cache,
+        encoder_cache=cache_to(encoder_cache, waiting),
+        decoder_cache=cache_to(decoder_cache, waiting),
         memory=memory,
         images={0: image},
         pixels={0: to_uint8(walk.photo)},
@@ -165,7 +169,7 @@ def generate_chunk(
     latents = denoise(parts, state, inputs, job, prompt, seed, progress)
 
     progress.enter("Decode")
-    decoder_cache = copy_cache(state.decoder_cache)
+    decoder_cache = cache_to(state.decoder_cache, latents.device)
     frames = decode_video(parts.autoencoder, latents, decoder_cache)[0].transpose(0, 1)
     if seen is not None and parts.blend is not None:
         frames = keep_seen_pixels(parts.blend, frames, seen, progress)
@@ -178,7 +182,7 @@ def generate_chunk(
     depth = parts.depth.measure(small[measured], targets[measured], stack_or_unknown(seen_depth, small[measured]))
 
     progress.enter("Remember")
-    encoder_cache = copy_cache(state.encoder_cache)
+    encoder_cache = cache_to(state.encoder_cache, latents.device)
     pixels = to_uint8(frames).cpu()
     record = ChunkRecord(
         latents=encode_video(parts.autoencoder, small.transpose(0, 1)[None], encoder_cache),
@@ -187,8 +191,8 @@ def generate_chunk(
         images=small[measured],
         pixels=pixels[measured],
         retrieved_ids=torch.tensor([frame.frame_id for frame in retrieved], dtype=torch.int64),
-        encoder_cache=encoder_cache,
-        decoder_cache=decoder_cache,
+        encoder_cache=cache_to(encoder_cache, parts.waiting_caches or latents.device),
+        decoder_cache=cache_to(decoder_cache, parts.waiting_caches or latents.device),
     )
     progress.finish()
     return FinishedChunk(pixels, record)
@@ -274,6 +278,8 @@ def denoise(
 ) -> Float[Tensor, "1 z g h w"]:
     """Sample the latents of the new frames."""
     parts.use_sampler(job.sampler, job.lora_strengths())
+    # One number format for all steps: that of the latents.
+    inputs = inputs.to(state.history.dtype)
     text = parts.encode_text([prompt])
     image = parts.encode_image(state.images[state.finished_frames][None])
 
@@ -298,7 +304,7 @@ def denoise(
     shape = list(inputs.history.shape)
     shape[2] = parts.layout.targets.count
     noise = initial_noise(seed, tuple(shape)).to(state.history.device)
-    with attention_backend(parts.attention):
+    with attention_backend(parts.attention), fastest_attention():
         if job.sampler == "dmd":
             latents = sample_dmd(
                 velocity(text),

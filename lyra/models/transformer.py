@@ -31,9 +31,6 @@ from lyra.models.framepack import (
 from lyra.models.rope import packed_angles
 from lyra.models.token_group import ALONE, TokenGroup
 
-ENCODED_TOKENS = 4096
-"""Tokens whose correspondences are encoded at once."""
-
 
 @dataclass
 class ChunkCache:
@@ -101,11 +98,8 @@ class Lyra2Transformer3DModel(ModelMixin, ConfigMixin):
             nn.Linear(in_channels * math.prod(base_patch(segment)), dim) for segment in self.layout.history
         )
         self.condition_embedder = ConditionEmbedder(dim, text_dim, freq_dim, image_dim)
-        encoded = correspondence_channels * 4 * 2 * correspondence_frequencies
-        self.blocks = nn.ModuleList(
-            Lyra2Block(dim, num_heads, ffn_dim, camera_channels * 4, encoded, correspondence_squeeze, eps)
-            for _ in range(num_layers)
-        )
+        sizes = (camera_channels * 4, correspondence_channels * 4, correspondence_frequencies, correspondence_squeeze)
+        self.blocks = nn.ModuleList(Lyra2Block(dim, num_heads, ffn_dim, *sizes, eps) for _ in range(num_layers))
         self.norm_out = nn.LayerNorm(dim, eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / math.sqrt(dim))
         self.proj_out = Float32Linear(dim, out_channels * 4)
@@ -144,14 +138,14 @@ class Lyra2Transformer3DModel(ModelMixin, ConfigMixin):
             cache.history = self.embed_history(x)
         tokens = torch.cat([cache.history, self.embed_targets(x)], dim=1)
         group = self.token_group.sharing(tokens.shape[1])
-        encoded = self.fill(cache, rays, correspondence, group)
+        coordinates = self.fill(cache, rays, correspondence, group)
         time, modulation = self.condition_embedder.embed_time(timestep)
         _, text_caches = cache.texts.setdefault(id(text), (text, [TextCache() for _ in self.blocks]))
         text_tokens, image_tokens = self.embed_context(text, image, text_caches[0])
         angles = self.rotary_angles(height, width, tokens.device)[group.share]
         tokens = tokens[:, group.share]
         for block, block_cache, text_cache in zip(self.blocks, cache.blocks, text_caches, strict=True):
-            features = (cache.camera, encoded, cache.index, text_tokens, image_tokens, angles)
+            features = (cache.camera, coordinates, cache.index, text_tokens, image_tokens, angles)
             tokens = block(tokens, modulation, *features, block_cache, text_cache, group)
         target_tokens = self.layout.targets.count * math.ceil(height / 2) * math.ceil(width / 2)
         if group.size == 1:
@@ -172,14 +166,14 @@ class Lyra2Transformer3DModel(ModelMixin, ConfigMixin):
         correspondence: Float[Tensor, "b s t h w"],
         group: TokenGroup,
     ) -> Float[Tensor, "b m e"] | None:
-        """Fill an empty cache; returns the encoded correspondences that each block squeezes in the first pass."""
+        """Fill an empty cache; returns the coordinates that each block encodes and squeezes in the first pass."""
         if cache.index is not None:
             return None
-        encoded, index = self.correspondence_tokens(correspondence)
+        folded, index = self.correspondence_tokens(correspondence)
         cache.camera = self.camera_tokens(rays)[:, group.share].to(self.patch_embedding.weight.dtype)
         cache.index, part = group.own_index(index)
         cache.blocks = [BlockCache() for _ in self.blocks]
-        return encoded[:, part]
+        return folded[:, part]
 
     def embed_context(
         self, text: Float[Tensor, "b l e"], image: Float[Tensor, "b m f"], known: TextCache
@@ -213,8 +207,8 @@ class Lyra2Transformer3DModel(ModelMixin, ConfigMixin):
     def correspondence_tokens(
         self, correspondence: Float[Tensor, "b s t h w"]
     ) -> tuple[Float[Tensor, "b m e"], Int[Tensor, "m"]]:
-        """Sine-cosine encoded coordinates of the spatial-history and target tokens, and those tokens' indices."""
-        encoded, indices, first = [], [], 0
+        """Coordinates of the spatial-history and target tokens, folded to tokens, and those tokens' indices."""
+        folded, indices, first = [], [], 0
         height, width = (math.ceil(size / 2) for size in correspondence.shape[-2:])
         for segment in [*self.layout.history, self.layout.targets]:
             count = math.prod(
@@ -226,14 +220,10 @@ class Lyra2Transformer3DModel(ModelMixin, ConfigMixin):
                 if k > 1:  # Averaged over latent cells before folding, so that one folded token remains per group.
                     part = F.avg_pool3d(pad_to_multiple(part, (1, k, k)).float(), (1, k, k))
                 values = fold_base_tokens(part).flatten(2).transpose(1, 2)
-                # In slices, because the float32 encoding of all tokens would be the largest tensor of the pass.
-                encoded += [
-                    sine_cosine(piece, self.config.correspondence_frequencies).to(self.patch_embedding.weight.dtype)
-                    for piece in values.split(ENCODED_TOKENS, dim=1)
-                ]
+                folded.append(values.to(correspondence.dtype))
                 indices.append(torch.arange(first, first + count, device=correspondence.device))
             first += count
-        return torch.cat(encoded, dim=1), torch.cat(indices)
+        return torch.cat(folded, dim=1), torch.cat(indices)
 
     def rotary_angles(self, height: int, width: int, device: torch.device) -> Float[Tensor, "n half"]:
         """Rotary angles of all tokens for a latent size, remembered between calls."""
@@ -261,13 +251,3 @@ class Lyra2Transformer3DModel(ModelMixin, ConfigMixin):
 def base_patch(segment: Segment) -> tuple[int, int, int]:
     """Latent cells of one token: the packing kernel times the base patch (1, 2, 2)."""
     return segment.kernel[0], segment.kernel[1] * 2, segment.kernel[2] * 2
-
-
-def sine_cosine(values: Float[Tensor, "b n d"], frequencies: int) -> Float[Tensor, "b n e"]:
-    """[sin(pi v), cos(pi v), sin(2 pi v), cos(2 pi v), ...], one block of d values each (released code)."""
-    values = values.float()
-    parts = []
-    for octave in range(frequencies):
-        angle = values * (math.pi * 2**octave)
-        parts += [angle.sin(), angle.cos()]
-    return torch.cat(parts, dim=-1)

@@ -158,9 +158,10 @@ class UMT5TextEncoder:
             return_attention_mask=True,
             return_tensors="pt",
         )
-        mask = tokens["attention_mask"].to(self.model.device)
-        hidden = self.model(input_ids=tokens["input_ids"].to(self.model.device), attention_mask=mask)[0]
-        return hidden.masked_fill(mask[..., None] == 0, 0.0)
+        # Hooks that move the model when it is called also move its inputs, so its output says where it ran.
+        mask, device = tokens["attention_mask"], self.model.device
+        hidden = self.model(input_ids=tokens["input_ids"].to(device), attention_mask=mask.to(device))[0]
+        return hidden.masked_fill(mask.to(hidden.device)[..., None] == 0, 0.0)
 
 
 def clean_text(text: str) -> str:

@@ -250,18 +250,14 @@ def planned_stages(job: GenerateJob, settings: ModelSettings, walks: Sequence[in
         walks: chunks of each walk from the photo; one walk for most jobs.
     """
     denoising = f"Denoise {job.sampler}" + (f" {job.steps}" if job.sampler == "full" else "")
-    left_out = {CAPTION} if job.captioner is None else set()
-    left_out |= set() if settings.keep_seen_pixels else {KEEP_PIXELS}
+    optional = {CAPTION: job.captioner is not None, KEEP_PIXELS: settings.keep_seen_pixels}
+    of_a_chunk = [name for name in OF_A_CHUNK if optional.get(name, True)]
     stages, before = [PlannedStage(PHOTO_DEPTH)], 0
     for chunks in walks:
         # Until a walk's first chunk begins, the pipeline counts it to the chunk before it.
         stages.append(PlannedStage(OF_A_WALK, max(before - 1, 0)))
         for chunk in range(before, before + chunks):
-            stages += [
-                PlannedStage(name, chunk, denoising if name == "Denoise" else "")
-                for name in OF_A_CHUNK
-                if name not in left_out
-            ]
+            stages += [PlannedStage(name, chunk, denoising if name == "Denoise" else "") for name in of_a_chunk]
         before += chunks
     return stages
 

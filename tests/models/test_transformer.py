@@ -5,8 +5,9 @@ import recipe
 import torch
 from safetensors.torch import load_file
 
+from lyra.models import blocks
 from lyra.models.checkpoint import from_released_name, load_strictly
-from lyra.models.transformer import Lyra2Transformer3DModel
+from lyra.models.transformer import ChunkCache, Lyra2Transformer3DModel
 from tests.conftest import GOLDEN
 from tests.models.tiny_released import golden_transformer
 
@@ -51,16 +52,39 @@ def test_camera_tokens_are_the_released_ones(model, golden, inputs):
 
 
 def test_correspondence_tokens_are_the_released_ones(model, golden, inputs):
-    encoded, index = model.correspondence_tokens(inputs["buffer"])
+    values, index = model.correspondence_tokens(inputs["buffer"])
     tokens, width = golden["cap.buffer_tokens@shape"].tolist()[1:]
-    # The released capture holds raw values and, last, whether the token has any; sine and cosine of pi v give v back.
-    raw = torch.atan2(encoded[..., :5120], encoded[..., 5120:10240]) / torch.pi
+    # The released capture holds the values and, last, whether the token has any.
     captured = torch.full((tokens, width), torch.nan)
-    captured[index] = torch.cat([raw[0], torch.ones(len(index), 1)], dim=-1)
+    captured[index] = torch.cat([values[0], torch.ones(len(index), 1)], dim=-1)
     ours = captured.flatten()[golden["cap.buffer_tokens@index"]]
     ours, expected = ours[~ours.isnan()], golden["cap.buffer_tokens@value"][~ours.isnan()]
     assert len(ours) > 3000
     assert (ours - expected).abs().max() < 1e-5
+
+
+def test_work_in_slices_gives_what_it_gives_at_once(model, inputs, monkeypatch):
+    def run():
+        with torch.no_grad():
+            names = ("x", "mask", "cond", "plucker", "buffer", "text", "clip")
+            return model(*(inputs[name] for name in names), inputs["timestep"][0].float())
+
+    at_once = run()
+    monkeypatch.setattr(blocks, "SLICE_TOKENS", 100)
+    assert torch.allclose(run(), at_once, atol=1e-5)
+
+
+def test_later_passes_with_a_cache_are_those_without_one(model, inputs):
+    names = ("mask", "cond", "plucker", "buffer")
+    cache = ChunkCache()
+    generator = torch.Generator().manual_seed(4)
+    texts = [torch.randn(1, 512, 32, generator=generator) for _ in range(2)]
+    for step, text in enumerate((texts[0], texts[1], texts[0])):
+        x = inputs["x"].clone()
+        x[:, :, 25:] = torch.randn(x[:, :, 25:].shape, generator=generator)
+        given = (x, *(inputs[name] for name in names), text, inputs["clip"], torch.tensor([100.0 * (step + 1)]))
+        with torch.no_grad():
+            assert torch.allclose(model(*given, cache=cache), model(*given), atol=1e-5)
 
 
 def test_output_of_every_block_and_of_the_network_is_within_1e_5(model, golden, inputs):

@@ -38,6 +38,7 @@ def test_the_page_begins_with_the_photo_and_the_rest_locked(visit: Visit) -> Non
     for name in ("2 Camera", "3 Video", "4 World"):
         expect(visit.tab(name)).to_be_disabled()
     expect(visit.page.locator("#lyra-examples img")).to_have_count(9)
+    expect(visit.page.locator("#lyra-licence")).to_be_hidden()
 
 
 def test_what_is_no_photo_is_refused_beside_the_upload(visit: Visit, tmp_path: Path) -> None:
