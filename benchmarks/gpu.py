@@ -53,7 +53,7 @@ CASES: Mapping[str, Case] = {
 }
 
 PLAN: Sequence[tuple[str, float]] = (
-    ("forward dmd offload --tiny --out OUT/tiny", 2.5),
+    ("dmd offload forward --tiny --out OUT/tiny", 2.5),
     ("ceilings dmd --out OUT", 6.0),
     ("forward fp8 --out OUT", 9.0),
     ("full offload --out OUT", 9.0),
@@ -244,7 +244,7 @@ def plan(request: Request) -> str:
     """The commands for half an hour of a GPU, with this checkout's commit."""
     out = shlex.quote(str(request.out))
     lines = [
-        f"python benchmarks/gpu.py {arguments.replace('OUT', out)} --minutes {minutes:g} --revision {request.revision}"
+        f"python3 benchmarks/gpu.py {arguments.replace('OUT', out)} --minutes {minutes:g} --revision {request.revision}"
         for arguments, minutes in PLAN
     ]
     commands = [f"{lines[0]}; {lines[1]}", *lines[2:]]

@@ -91,7 +91,7 @@ class Bench:
     def __init__(self, request: Request) -> None:
         self.request, self.case = request, request.cases[0]
         self.ends = time.monotonic() + 60 * request.minutes
-        self.device = torch.device(request.device)
+        self.device = torch.device("cuda", 0) if request.device == "cuda" else torch.device("cpu")
         self.on_gpu = self.device.type == "cuda"
         self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
         self.generator = torch.Generator(self.device).manual_seed(SEED)

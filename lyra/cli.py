@@ -50,6 +50,8 @@ class Generate:
     """none: all networks stay on the GPU; model: one at a time; group: the transformer's blocks are streamed."""
     decode: Literal["streamed", "tiled"] | None = None
     """streamed: whole frames, latent by latent; tiled: in less memory, with seams of the tiles blended."""
+    fuse_loras: bool = False
+    """Add LoRAs (also the 4-step sampler's) to the weights: faster, for as much host memory as the weights take."""
     accept_licence: bool = False
     """Accept the licence of gated weights, which is printed; remembered with the date."""
 
@@ -68,7 +70,9 @@ class Generate:
         with context_parallel(self.device) as group:
             if group.is_worker:
                 return LyraPipeline.serve(job.model, group, **how)
-            pipeline = LyraPipeline.from_pretrained(job.model, progress=progress, group=group, **how)
+            pipeline = LyraPipeline.from_pretrained(
+                job.model, progress=progress, group=group, fuse_loras=self.fuse_loras, **how
+            )
             world = pipeline.generate(job, self.out, progress)
         note = world.run.get("path_note")
         finish_line(f"{world.video_path} is finished." + (f" {note}" if note else ""))

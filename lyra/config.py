@@ -33,7 +33,8 @@ class GenerateJob:
     preset: str = "push-in"
     """Camera preset; ignored when `trajectory` is given."""
     trajectory: str | None = None
-    """Path of a trajectory.npz (w2c, intrinsics, image_height, image_width) instead of a preset."""
+    """Path of a trajectory.npz (w2c, intrinsics, image_height, image_width) or of a camera path JSON of the released
+    interface, instead of a preset."""
     strength: float = 1.0
     """Scale of the preset's motion; 1 is a comfortable move."""
     chunks: int = 1

@@ -100,9 +100,13 @@ class LoadedModel:
 
 
 def load_components(
-    source: ModelSource, placement: Placement, group: ContextParallelGroup = ONE_PROCESS
+    source: ModelSource, placement: Placement, group: ContextParallelGroup = ONE_PROCESS, *, fuse_loras: bool = False
 ) -> LoadedModel:
     """The loop's parts and the depth estimator of the photo.
+
+    Args:
+        group: processes that share the transformer's work.
+        fuse_loras: add the LoRAs of a job to the weights instead of computing them beside.
 
     Raises:
         UserError: a part is missing, damaged or hostile, or its tensors do not fit.
@@ -120,7 +124,7 @@ def load_components(
         raise UserError(
             f"The weights in {source.folder} cannot be loaded ({reason}); restore or download them again."
         ) from error
-    return assemble(networks, placement, group)
+    return assemble(networks, placement, group, fuse_loras)
 
 
 def released_networks(folder: Path, placement: Placement) -> Networks:
@@ -233,7 +237,7 @@ def one_of(folder: Path, *classes: Any) -> Any:
     raise UserError(f"{folder / 'config.json'} names the class {name}, but {names} is needed here; restore the folder.")
 
 
-def assemble(networks: Networks, placement: Placement, group: ContextParallelGroup) -> LoadedModel:
+def assemble(networks: Networks, placement: Placement, group: ContextParallelGroup, fuse_loras: bool) -> LoadedModel:
     """Put the networks where the placement wants them and join them to the loop's parts."""
     device, resident = placement.torch_device, placement.offload == "none"
     release = place_transformer(networks.transformer, placement)
@@ -243,7 +247,7 @@ def assemble(networks: Networks, placement: Placement, group: ContextParallelGro
 
     def use_sampler(sampler: str, loras: Mapping[str, float]) -> None:
         needs_lora = networks.settings.few_step_lora
-        call_everywhere(transformer, switch_loras, networks.dmd_lora, needs_lora, sampler, dict(loras))
+        call_everywhere(transformer, switch_loras, networks.dmd_lora, needs_lora, fuse_loras, sampler, dict(loras))
 
     # Text is encoded once per caption, so its encoder never keeps room that denoising could use.
     texts = CachedTexts(networks.encode_text, place_text_encoder(networks.text_encoder, placement), device)

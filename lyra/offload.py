@@ -21,7 +21,7 @@ from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_off
 from torch import Tensor, nn
 
 from lyra.errors import UserError
-from lyra.models.lora import load_lora, loaded_loras, read_lora, set_loras
+from lyra.models.lora import fuse_loras, load_lora, loaded_loras, read_lora, set_loras
 from lyra.models.transformer import Lyra2Transformer3DModel
 from lyra.placement import Placement
 
@@ -97,11 +97,12 @@ def switch_loras(
     transformer: Lyra2Transformer3DModel,
     dmd_lora: Path | None,
     needs_dmd_lora: bool,
+    fuse: bool,
     sampler: str,
     loras: Mapping[str, float],
 ) -> None:
     """`SamplerSwitch` as one call, which every process of a context-parallel group makes on its own transformer."""
-    SamplerSwitch(transformer, dmd_lora, needs_dmd_lora)(sampler, loras)
+    SamplerSwitch(transformer, dmd_lora, needs_dmd_lora, fuse)(sampler, loras)
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ class SamplerSwitch:
     dmd_lora: Path | None
     needs_dmd_lora: bool
     """The four-step sampler's weights are a LoRA."""
+    fuse: bool = False
+    """Add the LoRAs to the weights, which saves two products per layer and keeps the plain weights in host memory."""
 
     def __call__(self, sampler: str, loras: Mapping[str, float]) -> None:
         """Make exactly the job's LoRAs active.
@@ -129,7 +132,7 @@ class SamplerSwitch:
             # Added after the others, as in the released code.
             strengths[self.load(self.dmd_lora, DMD)] = 1.0
         if strengths or loaded_loras(self.transformer):
-            set_loras(self.transformer, strengths)
+            (fuse_loras if self.fuse else set_loras)(self.transformer, strengths)
 
     def load(self, path: Path, name: str | None = None) -> str:
         """Load a LoRA if it is not there yet; returns its name."""

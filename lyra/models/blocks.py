@@ -43,7 +43,10 @@ class TextCache:
 
 
 class SelfAttention(nn.Module):
-    """Full attention over history and targets; queries and keys see one input, values another."""
+    """Full attention over history and targets; queries and keys see one input, values another.
+
+    Its steps are methods of their own, so that the block can let go of each input as soon as it is used.
+    """
 
     def __init__(self, dim: int, heads: int, eps: float) -> None:
         super().__init__()
@@ -52,18 +55,24 @@ class SelfAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps=eps), nn.RMSNorm(dim, eps=eps)
 
-    def forward(
-        self,
-        query_key: Float[Tensor, "b n d"],
-        value: Float[Tensor, "b n d"],
-        angles: Float[Tensor, "n half"],
-        group: TokenGroup,
-    ) -> Float[Tensor, "b n d"]:
-        """Attention output; `angles` are the rotary angles of the tokens, `group` knows who has the other tokens."""
-        q = rotated(split_heads(self.norm_q(self.to_q(query_key)), self.heads), angles)
-        k = rotated(split_heads(self.norm_k(self.to_k(query_key)), self.heads), angles)
-        v = split_heads(self.to_v(value), self.heads)
-        return self.to_out[0](attend(q, group.gather(k, dim=1), group.gather(v, dim=1)).flatten(2))
+    def queries_keys(
+        self, x: Float[Tensor, "b n d"], angles: Float[Tensor, "n half"]
+    ) -> tuple[Float[Tensor, "b n heads e"], Float[Tensor, "b n heads e"]]:
+        """Queries and keys, normed and rotated by the tokens' rotary angles; the keys may take the place of x."""
+
+        def turned(project: nn.Linear, norm: nn.RMSNorm) -> Callable[..., Tensor]:
+            return lambda part, its: apply_rotary(split_heads(norm(project(part)), self.heads), its[0])
+
+        q = in_slices(turned(self.to_q, self.norm_q), x, angles[None])
+        return q, in_slices(turned(self.to_k, self.norm_k), x, angles[None], out=split_heads(x, self.heads))
+
+    def values(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n heads e"]:
+        """Values."""
+        return in_slices(lambda part: split_heads(self.to_v(part), self.heads), x)
+
+    def output(self, heads: Float[Tensor, "b n heads e"]) -> Float[Tensor, "b n d"]:
+        """The attention's output in the width of the tokens."""
+        return self.to_out[0](heads.flatten(2))
 
 
 class CrossAttention(nn.Module):
@@ -158,15 +167,40 @@ class Lyra2Block(nn.Module):
         if cache.correspondence is None:
             cache.correspondence = in_slices(self.squeeze_correspondence, correspondence)
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table.float() + modulation).chunk(6, dim=1)
-        y = in_slices(lambda part: modulated(self.norm1(part), scale1, shift1), x)
-        # In place, because a sum of this size is a noticeable share of what a pass needs.
-        query_key = self.camera_encoder(camera)
-        query_key = query_key.index_add_(1, correspondence_index, self.correspondence_encoder[1](cache.correspondence))
-        x = x + self.attn1(query_key.add_(y), y, angles, group) * gate1.to(x.dtype)
-        x = x + self.attn2(self.norm2(x), text, image, text_cache)
+        bias = (camera, cache.correspondence, correspondence_index)
+        heads = self.attended(x, scale1, shift1, *bias, angles, group)
+        x = in_slices(lambda part, its: part + self.attn1.output(its) * gate1.to(part.dtype), x, heads)
+        del heads
+        x = in_slices(lambda part: part + self.attn2(self.norm2(part), text, image, text_cache), x)
         return in_slices(
             lambda part: part + self.ffn(modulated(self.norm3(part), scale2, shift2)) * gate2.to(part.dtype), x
         )
+
+    def attended(
+        self,
+        x: Float[Tensor, "b n d"],
+        scale: Float[Tensor, "b 1 d"],
+        shift: Float[Tensor, "b 1 d"],
+        camera: Float[Tensor, "b n c"],
+        correspondence: Float[Tensor, "b m s"],
+        correspondence_index: Tensor,
+        angles: Float[Tensor, "n half"],
+        group: TokenGroup,
+    ) -> Float[Tensor, "b n heads e"]:
+        """What the self-attention's heads see; `group` knows who has the other tokens.
+
+        Sums are made in place and nothing is kept longer than it is used, because a tensor of this size is a
+        noticeable share of what a pass needs.
+        """
+        y = in_slices(lambda part: modulated(self.norm1(part), scale, shift), x)
+        v = self.attn1.values(y)
+        query_key = in_slices(self.camera_encoder, camera)
+        query_key.index_add_(1, correspondence_index, in_slices(self.correspondence_encoder[1], correspondence))
+        query_key.add_(y)
+        del y
+        q, k = self.attn1.queries_keys(query_key, angles)
+        del query_key
+        return attend(q, group.gather(k, dim=1), group.gather(v, dim=1))
 
     def squeeze_correspondence(self, values: Float[Tensor, "b m e"]) -> Float[Tensor, "b m s"]:
         """Sine-cosine encoding of coordinates and the first, narrowing linear map."""
@@ -174,7 +208,7 @@ class Lyra2Block(nn.Module):
         return self.correspondence_encoder[0](encoded.to(self.scale_shift_table.dtype))
 
 
-def in_slices(function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+def in_slices(function: Callable[..., Tensor], *tensors: Tensor | None, out: Tensor | None = None) -> Tensor:
     """A function of each token applied to a few tokens at a time, which bounds its working memory.
 
     The values are those of one application to all tokens. With gradients, or inside torch.compile, which fuses the
@@ -182,12 +216,12 @@ def in_slices(function: Callable[..., Tensor], *tensors: Tensor | None) -> Tenso
 
     Args:
         tensors: with the tokens along dimension 1.
+        out: memory that slices may be written to, also that of one of `tensors` which nobody needs any more.
     """
     given = [tensor for tensor in tensors if tensor is not None]
     tokens = given[0].shape[1]
     if tokens <= SLICE_TOKENS or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(*given)
-    out: Tensor | None = None
     for start in range(0, tokens, SLICE_TOKENS):
         part = function(*(tensor[:, start : start + SLICE_TOKENS] for tensor in given))
         if out is None:
@@ -202,11 +236,6 @@ def modulated(
 ) -> Float[Tensor, "b n d"]:
     """x (1 + scale) + shift in float32, in the dtype of x (released code)."""
     return (x.float() * (1 + scale) + shift).to(x.dtype)
-
-
-def rotated(x: Float[Tensor, "b n heads e"], angles: Float[Tensor, "n half"]) -> Float[Tensor, "b n heads e"]:
-    """`apply_rotary`, a few tokens at a time."""
-    return in_slices(lambda part, its_angles: apply_rotary(part, its_angles[0]), x, angles[None])
 
 
 def sine_cosine(values: Float[Tensor, "b n d"], frequencies: int) -> Float[Tensor, "b n e"]:

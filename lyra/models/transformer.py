@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lyra.models.blocks import BlockCache, Lyra2Block, TextCache
+from lyra.models.blocks import BlockCache, Lyra2Block, TextCache, in_slices
 from lyra.models.conditioning import ConditionEmbedder, Float32Linear
 from lyra.models.framepack import (
     RELEASED_LAYOUT,
@@ -238,7 +238,7 @@ class Lyra2Transformer3DModel(ModelMixin, ConfigMixin):
     def head(self, tokens: Float[Tensor, "b n d"], time: Float[Tensor, "b d"]) -> Float[Tensor, "b m p"]:
         """Modulated output projection of the target tokens, in float32 (released code)."""
         shift, scale = (self.scale_shift_table.float() + time[:, None]).chunk(2, dim=1)
-        return self.proj_out(self.norm_out(tokens.float()) * (1 + scale) + shift)
+        return in_slices(lambda part: self.proj_out(self.norm_out(part.float()) * (1 + scale) + shift), tokens)
 
     def unpatchify(self, x: Float[Tensor, "b m p"], height: int, width: int) -> Float[Tensor, "b c g h w"]:
         """Tokens to latents; inside a token the order is (row, column, channel), channel fastest (released code)."""

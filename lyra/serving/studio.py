@@ -255,7 +255,7 @@ def planned_stages(job: GenerateJob, settings: ModelSettings, walks: Sequence[in
     stages, before = [PlannedStage(PHOTO_DEPTH)], 0
     for chunks in walks:
         # Until a walk's first chunk begins, the pipeline counts it to the chunk before it.
-        stages.append(PlannedStage(OF_A_WALK, max(before - 1, 0)))
+        stages.append(PlannedStage(OF_A_WALK, before))
         for chunk in range(before, before + chunks):
             stages += [PlannedStage(name, chunk, denoising if name == "Denoise" else "") for name in of_a_chunk]
         before += chunks

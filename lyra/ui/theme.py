@@ -50,7 +50,8 @@ CSS = """
 #lyra-licence h2 { margin: 0 0 6px; font-size: 1.1rem; }
 #lyra-licence p { margin: 0 0 6px; text-wrap: pretty; }
 #lyra-licence a { margin: 0; padding: 0; }
-#lyra-licence table { width: 100%; margin: 0; border-collapse: collapse; font-size: var(--text-sm); }
+#lyra-licence table { width: 100%; margin: 0; border: 0; border-collapse: collapse; font-size: var(--text-sm); }
+#lyra-licence :is(thead, tbody, tr) { border: 0; }
 #lyra-licence :is(th, td) { padding: 4px 12px 4px 0; border: 0; border-top: 1px solid var(--border-color-primary);
   text-align: left; vertical-align: top; font-weight: 400; }
 #lyra-licence thead th { border-top: 0; color: var(--body-text-color-subdued); }

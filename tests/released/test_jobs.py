@@ -95,6 +95,19 @@ def test_a_further_lora_is_used_only_when_it_is_asked_for(pipeline, checkpoints,
         pipeline(DEFAULT_PHOTO, tmp_path / "u", preset="original", loras=("missing.safetensors=1",))
 
 
+def test_fused_loras_make_the_same_video_and_leave_the_weights_as_they_were(checkpoints, pipeline, tmp_path):
+    source, placement = find_model(str(checkpoints)), Placement("fp32", "none", device="cpu")
+    fused = LyraPipeline(load_components(source, placement, fuse_loras=True), source, placement)
+    plain = pipeline(DEFAULT_PHOTO, tmp_path / "p", preset="pan-left")
+    video = fused(DEFAULT_PHOTO, tmp_path / "f", preset="pan-left").video.float()
+    assert (video - plain.video.float()).abs().mean() < 0.2
+    fused.parts.use_sampler("full", {})
+    before = pipeline.parts.transformer.state_dict()
+    after = fused.parts.transformer.state_dict()
+    name = "blocks.0.attn1.to_q.base_layer.weight"
+    assert torch.equal(after[name], before[name])
+
+
 def test_without_the_distilled_weights_four_steps_are_refused(checkpoints, tmp_path):
     for path in checkpoints.iterdir():
         if path.name != "lora":

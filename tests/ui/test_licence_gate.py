@@ -219,7 +219,7 @@ class TestInTheBrowser:
     def test_a_path_file_is_followed_and_what_is_none_gets_its_sentence_under_it(
         self, visit: Visit, tmp_path: Path
     ) -> None:
-        visit.button("Use a path from a file instead of a preset").click()
+        visit.page.get_by_role("button", name="Use a path from a file instead of a preset").click()
         file, note = visit.page.locator("#lyra-trajectory"), visit.page.locator("#lyra-path-note")
         (tmp_path / "letter.json").write_text("Dear reader, this is no path.")
         file.locator("input[type=file]").set_input_files(tmp_path / "letter.json")
