@@ -62,7 +62,7 @@ class ChunkStore:
         with writing_to(self.folder):
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            save_file(record.to_tensors(), temporary / "record.safetensors")
+            save_file({name: t.cpu() for name, t in record.to_tensors().items()}, temporary / "record.safetensors")
             write_video(temporary / "video.mp4", frames)
             (temporary / "chunk.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
             shutil.rmtree(self.path(key), ignore_errors=True)

@@ -220,6 +220,19 @@ def test_moving_networks_does_not_change_a_byte(checkpoints, pipeline, tmp_path,
     assert torch.equal(moved, resident)
 
 
+@pytest.mark.parametrize("offload", ["none", "model"])
+def test_on_an_accelerator_every_part_gets_what_it_needs_where_it_is(checkpoints, pipeline, tmp_path, offload):
+    expected = pipeline(DEFAULT_PHOTO, tmp_path / "cpu", preset="pan-left")
+    source, placement = find_model(str(checkpoints)), Placement("fp32", offload, device=str(DEVICE))
+    with torch.no_grad(), SimulatedDevice():
+        there = LyraPipeline(load_components(source, placement), source, placement)
+        world = there(DEFAULT_PHOTO, tmp_path / "there", preset="pan-left")
+        waits = there.parts.transformer.proj_out.base_layer.weight.device.type
+    assert waits == ("cuda" if offload == "none" else "cpu")
+    assert job_of(world)["device"] == "cuda:0"
+    assert (world.video.float() - expected.video.float()).abs().mean() < 2
+
+
 def test_rounded_weights_come_near(checkpoints, pipeline, tmp_path):
     full = pipeline(DEFAULT_PHOTO, tmp_path / "r", preset="pan-left").video.float()
     fp8 = first_chunk(checkpoints, Placement("fp8", "none", device="cpu"), tmp_path / "8")
