@@ -193,9 +193,9 @@ class Lyra2Block(nn.Module):
         noticeable share of what a pass needs.
         """
         y = in_slices(lambda part: modulated(self.norm1(part), scale, shift), x)
-        query_key = in_slices(self.camera_encoder, camera)
+        # In this order, because torch.compile (2.13) loses an index_add_ that another sum in place follows.
+        query_key = in_slices(self.camera_encoder, camera).add_(y)
         query_key.index_add_(1, correspondence_index, in_slices(self.correspondence_encoder[1], correspondence))
-        query_key.add_(y)
         v = self.attn1.values(y)
         del y
         q, k = self.attn1.queries_keys(query_key, angles)

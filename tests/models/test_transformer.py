@@ -1,5 +1,7 @@
 """The transformer against the released network's outputs."""
 
+import shutil
+
 import pytest
 import recipe
 import torch
@@ -72,6 +74,16 @@ def test_work_in_slices_gives_what_it_gives_at_once(model, inputs, monkeypatch):
     at_once = run()
     monkeypatch.setattr(blocks, "SLICE_TOKENS", 100)
     assert torch.allclose(run(), at_once, atol=1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_blocks_lose_nothing(released_shapes, inputs):
+    names = ("x", "mask", "cond", "plucker", "buffer", "text", "clip")
+    given = (*(inputs[name] for name in names), inputs["timestep"][0].float())
+    eager, compiled = golden_transformer(released_shapes), golden_transformer(released_shapes)
+    compiled.compile_repeated_blocks(fullgraph=True)
+    with torch.no_grad():
+        assert torch.allclose(compiled(*given), eager(*given), atol=1e-5)
 
 
 def test_later_passes_with_a_cache_are_those_without_one(model, inputs):
