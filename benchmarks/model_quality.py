@@ -15,13 +15,11 @@ from torch.nn import functional as F
 
 from lyra.config import GenerateJob
 from lyra.depth.tiny import TinyDepthModel
-from lyra.device import choose_device
 from lyra.generation.state import WalkState
 from lyra.generation.walkthrough import Components, denoise
-from lyra.hub import model_folder
-from lyra.loading import load_components
 from lyra.memory.spatial_cache import SpatialCache
 from lyra.models.streaming import decode_video, encode_video
+from lyra.pipeline import LyraPipeline
 from lyra.progress import Progress
 from lyra.training.data import HELD_OUT_SEEDS, Walk, to_model_range
 from lyra.training.samples import make_sample
@@ -160,7 +158,8 @@ def video_quality(parts: Components, depth: TinyDepthModel) -> tuple[float, floa
 
 def main() -> None:
     """Measure and write the figures."""
-    parts, depth = load_components(model_folder("lyra-tiny"), choose_device("cpu"))
+    pipeline = LyraPipeline.from_pretrained("lyra-tiny", device="cpu")
+    parts, depth = pipeline.parts, pipeline.depth
     share, prior, relative = depth_quality(depth)
     coded, ours, filled, flicker = video_quality(parts, depth)
     quality = Quality(

@@ -63,10 +63,10 @@ class Generate:
         job = GenerateJob(**{field.name: getattr(self.options, field.name) for field in fields(GenerateJob)})
         if not job.photo:
             raise UserError("No photo is given; write its path after `generate`, or use --job FILE or --resume.")
-        if self.accept_licence:
-            accept_licences(job.model)
         how: dict[str, Any] = {name: getattr(self, name) for name in ("device", "weights", "offload", "decode")}
         progress = Progress(listener=print_status)
+        if self.accept_licence:
+            accept_licences(job.model, progress)
         with context_parallel(self.device) as group:
             if group.is_worker:
                 return LyraPipeline.serve(job.model, group, **how)
@@ -137,9 +137,9 @@ class Convert:
         from lyra.convert import DTYPES, convert
         from lyra.hub import find_model
 
-        if self.accept_licence:
-            accept_licences(self.model)
         progress = Progress(listener=print_status)
+        if self.accept_licence:
+            accept_licences(self.model, progress)
         convert(find_model(self.model, progress=progress), self.out, dtype=DTYPES[self.dtype], progress=progress)
         finish_line(f"{self.out} is converted; use it as --model {self.out}.")
 
@@ -215,20 +215,23 @@ def saved_job(arguments: list[str]) -> JobOptions:
     return JobOptions(**job.to_json())
 
 
-def accept_licences(model: str) -> None:
-    """Show and accept the gated licences of a model.
+def accept_licences(model: str, progress: Progress) -> None:
+    """Find a model, showing and accepting each gated licence that it asks for.
 
     Raises:
         UserError: there is no such model, or this deployment has switched gated models off.
     """
-    from lyra.hub import licences_of
-    from lyra.licences import accept, notice
+    from lyra.hub import find_model
+    from lyra.licences import LicenceNeeded, accept, notice
 
-    gated = [licence for licence in dict.fromkeys(licences_of(model).values()) if licence.gated]
-    if gated:
-        finish_line(notice(gated), sys.stderr)
-    for licence in gated:
-        accept(licence, "command line")
+    while True:
+        try:
+            find_model(model, progress=progress)
+            return
+        except LicenceNeeded as needed:
+            finish_line(notice(needed.licences), sys.stderr)
+            for licence in needed.licences:
+                accept(licence, "command line")
 
 
 def print_status(status: Status) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -52,9 +53,10 @@ class GenerateJob:
     prompt: str = ""
     """What the walkthrough shows."""
     captions: str | None = None
-    """Path of a captions.json, {"0": ..., "81": ...}, one caption from each frame on."""
+    """Path of a captions.json, {"0": ..., "81": ...}, one caption from each frame on; each walk of a recipe
+    starts at 0."""
     seed: int = 0
-    """Noise seed; chunk k uses seed + k."""
+    """Noise seed; chunk k of a walk uses seed + k."""
     resolution: Literal["480x832", "448x768"] = "480x832"
     """Height and width of a landscape video; portrait swaps them, square has as many pixels."""
     pose_scale: float | None = None
@@ -69,6 +71,8 @@ class GenerateJob:
     def __post_init__(self) -> None:
         # Lists come from JSON; a job is hashable and comparable.
         object.__setattr__(self, "loras", tuple(self.loras))
+        if not isinstance(self.seed, int):
+            raise UserError(f"--seed is '{self.seed}'; choose a whole number.")
         if self.trajectory is None and self.preset in RECIPE_CHUNKS:
             object.__setattr__(self, "chunks", RECIPE_CHUNKS[self.preset])
         if self.resolution not in ("480x832", "448x768"):
@@ -134,7 +138,10 @@ class GenerateJob:
             raise UserError(f"The job has unknown fields ({', '.join(unknown)}); remove them or update this program.")
         if "photo" not in values:
             raise UserError("The job names no photo; add a field 'photo' with the path of an image.")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise UserError(f"A field of the job has a value of the wrong kind ({error}); correct it.") from error
 
     @classmethod
     def load(cls, path: Path) -> GenerateJob:
@@ -187,6 +194,8 @@ class ModelSettings:
     """Depth of new frames is measured at every n-th, counted back from the last (released: 8)."""
     depth_frames: int = 10
     """At most so many frames are measured after a chunk (released: 10)."""
+    part_licences: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Id of each part's licence, where the parts have several; `licence` is the strictest."""
     few_step_lora: bool = False
     """The 4-step sampler's weights are a LoRA beside the transformer (released: they are)."""
     pose_scale: float = 1.0

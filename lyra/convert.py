@@ -21,8 +21,9 @@ from transformers.utils import logging as transformers_logging
 from lyra.config import RELEASED_SETTINGS
 from lyra.errors import UserError
 from lyra.generation.chunk_store import writing_to
-from lyra.hub import ModelSource, tokenizer_folder
+from lyra.hub import ModelSource, tokenizer_folder, weights_hash
 from lyra.models.depth_anything_folder import config_from_json, load_released_depth, save_depth_folder
+from lyra.models.lora import read_lora
 from lyra.models.pretrained import SHARD_BYTES, save_sharded
 from lyra.models.released import (
     LORA_FILE,
@@ -41,6 +42,9 @@ from lyra.progress import Progress
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 
+
+UNFINISHED = ".converting.json"
+"""Says what is being converted until all parts are there."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Number formats that weights can be converted to."""
@@ -64,6 +68,7 @@ def convert(
         raise UserError(f"{source.folder} is converted already; give a folder with NVIDIA's released files.")
     if (out / "lyra.json").exists():
         raise UserError(f"{out} holds a model already; choose another --out.")
+    begin(out, {"source": weights_hash(source.folder), "dtype": str(dtype)})
     diffusers_logging.set_verbosity_error()
     transformers_logging.set_verbosity_error()
     for name, write in part_writers(source.folder, dtype, shard_bytes).items():
@@ -84,8 +89,29 @@ def convert(
     progress.finish()
     # Written last: it is what makes the folder a model.
     with writing_to(out):
-        settings = replace(RELEASED_SETTINGS, **ReleasedSizes.of(source.folder).settings)
+        settings = replace(
+            RELEASED_SETTINGS,
+            **ReleasedSizes.of(source.folder).settings,
+            part_licences={part: licence.id for part, licence in source.licences.items()},
+        )
         (out / "lyra.json").write_text(json.dumps(asdict(settings), indent=1) + "\n", encoding="utf-8")
+        (out / UNFINISHED).unlink()
+
+
+def begin(out: Path, what: dict[str, str]) -> None:
+    """Note what is converted, so that parts of two checkpoints or number formats never meet in one folder.
+
+    Raises:
+        UserError: the folder holds an unfinished conversion of something else.
+    """
+    note = out / UNFINISHED
+    with writing_to(out):
+        out.mkdir(parents=True, exist_ok=True)
+        if note.exists() and json.loads(note.read_text(encoding="utf-8")) != what:
+            raise UserError(
+                f"{out} holds an unfinished conversion of other weights; delete it or choose another --out."
+            )
+        note.write_text(json.dumps(what), encoding="utf-8")
 
 
 def part_writers(folder: Path, dtype: torch.dtype, shard_bytes: int) -> dict[str, Callable[[Path], None]]:
@@ -130,6 +156,7 @@ def part_writers(folder: Path, dtype: torch.dtype, shard_bytes: int) -> dict[str
     if (folder / LORA_FILE).exists():
 
         def lora(to: Path) -> None:
+            read_lora(folder / LORA_FILE)
             shutil.copyfile(folder / LORA_FILE, to)
 
         writers[LORA_FILE] = lora

@@ -35,6 +35,8 @@ def choose_device(name: str | None = None) -> Device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"'{name}' is not a device; choose cpu or cuda.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"'{name}' is not a device that is supported; choose cpu or cuda.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("This machine has no CUDA device that torch can use; choose --device cpu.")
     return Device(device, torch.bfloat16 if device.type == "cuda" else torch.float32)

@@ -121,7 +121,7 @@ def free_disk_gib(folder: Path) -> float:
 
 def placement_lines(machine: Machine, rates: Rates | None) -> list[str]:
     """Every way to run the released model on a machine: memory, time of an 80-frame chunk, and whether it fits."""
-    plans = plan_placements(machine, count_cost({}, *FRAME), rates)
+    plans = plan_placements(machine, count_cost({}, *FRAME), rates, released=True)
     width = max(len(planned.placement.options) for planned in plans)
     lines = [f"  {'':<{width}}   GPU GiB  host GiB   4 steps  35 steps"]
     lines += [f"  {planned.placement.options:<{width}}  {figures(planned)}  {planned.verdict}" for planned in plans]
@@ -130,7 +130,7 @@ def placement_lines(machine: Machine, rates: Rates | None) -> list[str]:
     if not any(planned.fits for planned in plans):
         lines.append("  None fits here; lyra-tiny runs everywhere.")
     if machine.gpu_name is not None:
-        lines.append("  nf4 is made from a converted model: see python -m lyra convert --help.")
+        lines.append("  4-bit weights (nf4) are made from a converted model: see python -m lyra convert --help.")
     else:
         parameters = count_cost({}, *FRAME).parameters
         weights = f"{parameters.total / 1e9:.0f} billion weights take {parameters.bytes('fp32') / 1e9:.0f} GB"

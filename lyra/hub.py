@@ -24,7 +24,7 @@ from huggingface_hub import HfApi, constants, errors, get_cached_repo_tree, snap
 
 from lyra.config import RELEASED_SETTINGS, ModelSettings
 from lyra.errors import UserError
-from lyra.licences import APACHE_2, RELEASED_PARTS, Licence, named_in, require
+from lyra.licences import APACHE_2, RELEASED_PARTS, Licence, by_id, named_in, require
 from lyra.progress import Progress
 
 MODELS = Path(__file__).resolve().parent.parent / "assets" / "models"
@@ -226,16 +226,34 @@ def weights_hash(folder: Path) -> str:
         if name.parts[0] == ".cache":
             continue  # Notes of `hf download`, which differ from one download to the next.
         digest.update(name.as_posix().encode())
-        size = path.stat().st_size
-        if size <= WHOLE_HASH_BYTES:
-            digest.update(path.read_bytes())
-            continue
-        digest.update(str(size).encode())
-        with path.open("rb") as file:
-            digest.update(file.read(EDGE_BYTES))
-            file.seek(-EDGE_BYTES, os.SEEK_END)
-            digest.update(file.read(EDGE_BYTES))
+        for piece in _telling_bytes(path):
+            digest.update(piece)
     return digest.hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of one file, with the shortcut and the length of `weights_hash`.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        return hashlib.sha256(b"".join(_telling_bytes(path.expanduser()))).hexdigest()[:16]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); check its path.") from error
+
+
+def _telling_bytes(path: Path) -> Iterator[bytes]:
+    """All of a file, or the size and both ends of a large one."""
+    size = path.stat().st_size
+    if size <= WHOLE_HASH_BYTES:
+        yield path.read_bytes()
+        return
+    yield str(size).encode()
+    with path.open("rb") as file:
+        yield file.read(EDGE_BYTES)
+        file.seek(-EDGE_BYTES, os.SEEK_END)
+        yield file.read(EDGE_BYTES)
 
 
 def shipped_models() -> list[str]:
@@ -267,7 +285,9 @@ def _local_source(name: str, folder: Path, *, shipped: bool = False, revision: s
 
 
 def _licences_of(settings: ModelSettings) -> dict[str, Licence]:
-    """Licences of weights in this project's layout; converted weights name the licence that they came with."""
+    """Licences of weights in this project's layout; converted weights name the licences that they came with."""
+    if settings.part_licences:
+        return {part: by_id(name) for part, name in settings.part_licences.items()}
     found = named_in(str(settings.licence))
     return {"weights": found[0]} if len(found) == 1 else {f"weights ({item.id})": item for item in found}
 

@@ -146,6 +146,14 @@ class Acceptance:
     """How it was given, such as "command line", "app" or "environment"."""
 
 
+class LicenceNeeded(UserError):
+    """Gated licences have not been accepted yet."""
+
+    def __init__(self, licences: Iterable[Licence], sentence: str) -> None:
+        super().__init__(sentence)
+        self.licences = tuple(licences)
+
+
 def by_id(name: str) -> Licence:
     """A licence by its id; upper and lower case are the same.
 
@@ -235,9 +243,10 @@ def require(licences: Iterable[Licence]) -> None:
             for licence in missing
         )
         ids = ",".join(licence.id for licence in missing)
-        raise UserError(
+        raise LicenceNeeded(
+            missing,
             f"This model needs your acceptance of the {terms}; read it and, if you agree, give `--accept-licence`, set "
-            f"{ACCEPT_VARIABLE}={ids} or tick the checkbox in the app."
+            f"{ACCEPT_VARIABLE}={ids} or tick the checkbox in the app.",
         )
     remembered = _read()
     for licence, acceptance in found.items():

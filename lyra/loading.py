@@ -111,6 +111,11 @@ def load_components(
     Raises:
         UserError: a part is missing, damaged or hostile, or its tensors do not fit.
     """
+    if fuse_loras and (placement.offload == "group" or placement.weights in ("fp8", "nf4")):
+        raise UserError(
+            "LoRAs can be fused only into bf16 or fp32 weights that are not streamed; leave --fuse-loras out, or "
+            "choose --weights bf16 with --offload none or model."
+        )
     # Progress bars and notices about number formats would run into the job's own progress.
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -119,7 +124,9 @@ def load_components(
     read = released_networks if source.layout == "released" else saved_networks
     try:
         networks = read(source.folder, placement)
-    except (OSError, ValueError, KeyError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = error.args[0] if isinstance(error, KeyError) else error
         raise UserError(
             f"The weights in {source.folder} cannot be loaded ({reason}); restore or download them again."
@@ -139,8 +146,9 @@ def released_networks(folder: Path, placement: Placement) -> Networks:
             "--model."
         )
     dtype, sizes = placement.dtype, ReleasedSizes.of(folder)
-    text_encoder = load_text_encoder(folder, dtype)
+    # First what may have to be fetched, because reading the large files takes minutes.
     tokenizer = load_tokenizer(str(tokenizer_folder(folder)))
+    text_encoder = load_text_encoder(folder, dtype)
     depth_config = config_from_json(sizes.reconstruction)
     transformer = load_transformer(folder, dtype)
     lora = folder / LORA_FILE
@@ -266,7 +274,7 @@ def assemble(networks: Networks, placement: Placement, group: ContextParallelGro
             use_sampler=use_sampler,
             release=release,
             attention=placement.attention,
-            waiting_caches=None if resident else torch.device("cpu"),
+            waiting_caches=None if resident and placement.decode == "streamed" else torch.device("cpu"),
         ),
         depth,
     )

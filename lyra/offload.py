@@ -6,7 +6,6 @@ per job and remembers text embeddings. Knows no file layout and no loop.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_off
 from torch import Tensor, nn
 
 from lyra.errors import UserError
+from lyra.hub import file_hash
 from lyra.models.lora import fuse_loras, load_lora, loaded_loras, read_lora, set_loras
 from lyra.models.transformer import Lyra2Transformer3DModel
 from lyra.placement import Placement
@@ -138,8 +138,8 @@ class SamplerSwitch:
         """Load a LoRA if it is not there yet; returns its name."""
         path = path.expanduser()
         if name is None:
-            digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-            name = f"{re.sub(r'[^A-Za-z0-9]', '_', path.stem)}_{digest}"
+            # By content, so that a file that was trained on is read again.
+            name = f"{re.sub(r'[^A-Za-z0-9]', '_', path.stem)}_{file_hash(path)}"
         if name not in loaded_loras(self.transformer):
             load_lora(self.transformer, read_lora(path), name)
             # New layers get the hooks of the streaming that is in force.

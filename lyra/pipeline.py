@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import platform
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor
 from lyra import __version__
 from lyra.config import CHUNK_FRAMES, GenerateJob
 from lyra.depth.base import intrinsics_from_fov
-from lyra.device import peak_memory_gib
+from lyra.device import choose_device, peak_memory_gib
 from lyra.errors import UserError
 from lyra.export.ply import write_splat_ply
 from lyra.generation.caption_views import caption_request
@@ -37,13 +39,13 @@ from lyra.generation.walkthrough import (
     start,
     to_uint8,
 )
-from lyra.hub import DEFAULT_MODEL, ModelSource, find_model, weights_hash
+from lyra.hub import DEFAULT_MODEL, ModelSource, file_hash, find_model, weights_hash
 from lyra.licences import accepted
 from lyra.loading import LoadedModel, load_components, serve_transformer
 from lyra.models.context_parallel import ONE_PROCESS, ContextParallelGroup
 from lyra.photo import fit_photo, load_photo, output_size
 from lyra.placement import Placement, choose_placement, memory_explained
-from lyra.progress import Progress
+from lyra.progress import Cancelled, Progress
 from lyra.reconstruction.gaussians import lift, lifted_frames
 from lyra.trajectory.clearance import ClearanceReport, shorten_path
 from lyra.trajectory.files import relative_to_first
@@ -93,6 +95,8 @@ class LyraPipeline:
     def __init__(self, model: LoadedModel, source: ModelSource, placement: Placement) -> None:
         self.parts, self.depth, self.source, self.placement = model.parts, model.depth, source, placement
         self._captioners: dict[str, VisionLanguageCaptioner] = {}
+        # Networks that come and go must not do so under another thread's hands; resident ones are only read.
+        self._turn: AbstractContextManager[Any] = nullcontext() if placement.offload == "none" else RLock()
 
     @classmethod
     def from_pretrained(
@@ -123,7 +127,9 @@ class LyraPipeline:
                 does not fit.
         """
         source = find_model(name, progress=progress)
-        placement = choose_placement(source, device=device, weights=weights, offload=offload, decode=decode)
+        placement = group.agree(
+            lambda: choose_placement(source, device=device, weights=weights, offload=offload, decode=decode)
+        )
         with memory_explained(placement):
             return cls(load_components(source, placement, group, fuse_loras=fuse_loras), source, placement)
 
@@ -144,7 +150,8 @@ class LyraPipeline:
             ConnectionError: another process has ended.
         """
         source = find_model(name)
-        placement = choose_placement(source, device=device, weights=weights, offload=offload, decode=decode)
+        # The first process chooses for all, because their shares of a pass must come from the same weights.
+        placement = replace(group.agree(None), device=str(choose_device(device).device))
         with memory_explained(placement):
             serve_transformer(source, placement, group)
 
@@ -167,7 +174,7 @@ class LyraPipeline:
         image = photo if isinstance(photo, Image.Image) else load_photo(photo)
         height, width = output_size(image, resolution)
         pixels = from_uint8(to_uint8(fit_photo(image, height, width)))
-        with memory_explained(self.placement):
+        with memory_explained(self.placement), self._turn:
             prediction = self.depth.predict(pixels[None].to(self.placement.torch_device))
         fov_x_deg = float(prediction.fov_x_deg[0])
         sky = prediction.sky[0].cpu()
@@ -225,7 +232,7 @@ class LyraPipeline:
             Cancelled: the listener asked to stop; finished chunks stay.
         """
         progress.chunks, world = job.chunks, World(out)
-        job = replace(job, guidance_scale=job.guidance(self.parts.settings))
+        job = replace(job, model=self.source.name, guidance_scale=job.guidance(self.parts.settings))
         progress.enter("Photo depth")
         seen = self.see(job.photo, job.resolution)
         planned = self.plan(seen, job)
@@ -233,12 +240,19 @@ class LyraPipeline:
         refuse_other_photo(world, photo)
         world.write_photo(photo)
         world.write_run(self.run_record(job, "running", progress, planned))
-        with memory_explained(self.placement):
-            finished: list[WalkedLeg] = []
-            for leg in planned.recipe.legs:
-                finished.append(WalkedLeg(leg))
-                self.walk_leg(job, seen, world, planned, finished, progress)
-        world.write_run(self.run_record(job, "finished", progress, planned))
+        status = "failed"
+        try:
+            with memory_explained(self.placement):
+                finished: list[WalkedLeg] = []
+                for leg in planned.recipe.legs:
+                    finished.append(WalkedLeg(leg))
+                    self.walk_leg(job, seen, world, planned, finished, progress)
+            status = "finished"
+        except (Cancelled, KeyboardInterrupt):
+            status = "cancelled"
+            raise
+        finally:
+            world.write_run(self.run_record(job, status, progress, planned))
         return World.open(out)
 
     def walk_leg(
@@ -258,12 +272,13 @@ class LyraPipeline:
         walk = Walk(seen.image.to(device), depth, walked.leg.cameras.to(device), size)
         progress.chunk = before
         progress.enter("Remember the photo")
-        with torch.no_grad():
+        with torch.no_grad(), self._turn:
             state = start(self.parts, walk)
         captions = read_captions(job)
         if job.captioner is None:
             # All texts at once, so that the text encoder is needed only before the first denoising.
-            self.parts.encode_text(sorted(set(captions.values())))
+            with self._turn:
+                self.parts.encode_text(sorted(set(captions.values())))
         photo = to_uint8(seen.image)
         key = content_key(
             self.parts.settings.name, weights_hash(self.source.folder), self.placement.numbers, photo.numpy().tobytes()
@@ -274,10 +289,11 @@ class LyraPipeline:
             key = chunk_key(key, job, walked.leg.cameras, chunk, prompt)
             record = world.chunks.load(key)
             if record is None:
-                if job.captioner is not None:
-                    progress.enter("Caption")
-                    prompt = self.caption(job, walk, state, prompt)
-                finished = generate_chunk(self.parts, walk, state, job, prompt, job.seed + chunk, progress)
+                with self._turn:
+                    if job.captioner is not None:
+                        progress.enter("Caption")
+                        prompt = self.caption(job, walk, state, prompt)
+                    finished = generate_chunk(self.parts, walk, state, job, prompt, job.seed + chunk, progress)
                 save_chunk(
                     world.chunks, key, finished, photo if chunk == 0 else None, {"prompt": prompt, "chunk": chunk}
                 )
@@ -295,7 +311,9 @@ class LyraPipeline:
         """
         name = str(job.captioner)
         if name not in self._captioners:
-            self._captioners[name] = VisionLanguageCaptioner.load(name, device=self.placement.torch_device)
+            self._captioners[name] = VisionLanguageCaptioner.load(
+                name, device=self.placement.torch_device, dtype=self.placement.dtype
+            )
         return self._captioners[name](caption_request(walk, state, hint))
 
     def publish(self, world: World, legs: list[WalkedLeg], progress: Progress) -> None:
@@ -387,9 +405,19 @@ def chunk_key(before: str, job: GenerateJob, cameras: Cameras, chunk: int, promp
     first = 1 + CHUNK_FRAMES * chunk
     span = cameras[(0 if chunk == 0 else first) : first + CHUNK_FRAMES]
     sampling = replace(
-        job, photo="", chunks=1, preset="", trajectory=None, strength=1.0, prompt="", captions=None, pose_scale=None
+        job,
+        photo="",
+        chunks=1,
+        preset="",
+        trajectory=None,
+        strength=1.0,
+        prompt="",
+        captions=None,
+        pose_scale=None,
+        model="",
+        loras=(),
     )
-    how = sampling.to_json()
+    how = sampling.to_json() | {"loras": [(file_hash(Path(p)), s) for p, s in job.lora_strengths().items()]}
     if job.sampler == "dmd":
         # The distilled sampler has neither a number of steps nor guidance.
         how["steps"] = how["guidance_scale"] = None
@@ -418,5 +446,6 @@ def refuse_other_photo(world: World, photo: Tensor) -> None:
     )
     if not same:
         raise UserError(
-            f"{world.folder} holds the world of another photo; choose another --out so that it is not lost."
+            f"{world.folder} holds the world of another photo or another --resolution; choose another --out so that it "
+            "is not lost."
         )

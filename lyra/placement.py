@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from lyra.device import choose_device, usable_cores
 from lyra.errors import UserError
 from lyra.hub import ModelSource
 from lyra.models import footprint
-from lyra.models.cost import WEIGHT_FORMATS, ModelCost, WeightFormat, count_cost
-from lyra.models.footprint import DECODES, OFFLOADS, Decode, Offload, Rates
+from lyra.models.cost import WEIGHT_FORMATS, ModelCost, count_cost
+from lyra.models.footprint import DECODES, OFFLOADS, ON_CPU, ON_GPU, OPTIONAL_PACKAGES, Placement, Rates
 
 GIB = 2**30
 CAPABILITY = (8, 0)
 """Compute capability from which a GPU calculates in bfloat16."""
-OPTIONAL_PACKAGES = ("accelerate", "bitsandbytes")
+WORTH_IT = 0.95
+"""Memory of another way, as a share, up to which it is worth changing to."""
 SMALL_MODEL = 2e9
 """Bytes of weight files up to which a model is taken to fit anywhere, so that nothing is planned."""
 FRAME = (480, 832)
@@ -65,66 +66,6 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class Placement:
-    """One way to run a model."""
-
-    weights: WeightFormat = "bf16"
-    """How the transformer's weights are stored; the other networks stay as they are."""
-    offload: Offload = "none"
-    decode: Decode = "streamed"
-    device: str = "cuda"
-    cost: ModelCost | None = field(default=None, compare=False, repr=False)
-    """Of the model that it was planned for; None for a small one."""
-
-    @property
-    def torch_device(self) -> torch.device:
-        """The device that computes."""
-        return torch.device(self.device)
-
-    @property
-    def on_cpu(self) -> bool:
-        """Whether the processor computes."""
-        return self.torch_device.type == "cpu"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Number format of activations, and of weights that are not stored in fewer bits."""
-        narrow = self.weights == "bf16" or not (self.weights == "fp32" or self.on_cpu)
-        return torch.bfloat16 if narrow else torch.float32
-
-    @property
-    def attention(self) -> str:
-        """diffusers' name of the attention backend: torch's own choice, which needs no package."""
-        return "native"
-
-    @property
-    def numbers(self) -> str:
-        """What of a placement changes the result's bytes; moving networks does not."""
-        return f"{self.weights} weights, {self.dtype}, {self.decode}"
-
-    @property
-    def options(self) -> str:
-        """The command-line options that choose it."""
-        tiled = " --decode tiled" if self.decode == "tiled" else ""
-        device = " --device cpu" if self.on_cpu else ""
-        return f"--weights {self.weights} --offload {self.offload}{tiled}{device}"
-
-    @property
-    def packages(self) -> tuple[str, ...]:
-        """Packages from `OPTIONAL_PACKAGES` that it is made with."""
-        if self.on_cpu and self.offload == "none" and self.weights != "nf4":
-            return ()
-        return OPTIONAL_PACKAGES if self.weights == "nf4" else ("accelerate",)
-
-
-ON_GPU = tuple(Placement(w, o) for w in WEIGHT_FORMATS if w != "fp32" for o in OFFLOADS)
-"""What is chosen from on a GPU, best first: weights as released before rounded ones, then what moves least. Streaming
-costs little time, because a pass computes longer than its weights take to arrive. Tiles, which do not know the chunk
-before, and float32 are there on request only."""
-ON_CPU = (Placement("fp32", device="cpu"),)
-
-
-@dataclass(frozen=True)
 class PlannedPlacement:
     """A placement on a machine."""
 
@@ -142,9 +83,14 @@ class PlannedPlacement:
     """The GPU cannot calculate in bfloat16."""
 
     @property
+    def has_room(self) -> bool:
+        """Whether the machine can run it, once packages are installed and the model is converted."""
+        return not (self.gpu_short_gib or self.host_short_gib or self.too_old)
+
+    @property
     def fits(self) -> bool:
-        """Whether it can be run."""
-        return not (self.gpu_short_gib or self.host_short_gib or self.missing_packages or self.too_old)
+        """Whether it can be run as it is."""
+        return self.has_room and not (self.missing_packages or self.placement.must_be_converted)
 
     @property
     def verdict(self) -> str:
@@ -154,17 +100,16 @@ class PlannedPlacement:
         lacks = [f"{self.gpu_short_gib:.1f} GiB of GPU memory short"] if self.gpu_short_gib else []
         lacks += [f"{self.host_short_gib:.1f} GiB of host memory short"] if self.host_short_gib else []
         lacks += [f"needs pip install {' '.join(self.missing_packages)}"] if self.missing_packages else []
+        lacks += ["needs a converted model"] if self.placement.must_be_converted else []
         return ", ".join(lacks) or "fits"
 
 
 def needs(placement: Placement, cost: ModelCost) -> Needs:
     """What a placement asks of a machine, estimated from counted bytes."""
-    weights, decode = placement.weights, placement.decode
-    phases = footprint.device_phases(cost, weights, placement.offload, decode, on_cpu=placement.on_cpu)
+    phases = footprint.device_phases(cost, placement)
     if placement.on_cpu:
         return Needs(placement.packages, None, 0.0, (phases.peak + footprint.PROCESS) / GIB)
-    host = footprint.host_bytes(cost, weights, decode)
-    return Needs(placement.packages, CAPABILITY, phases.peak / GIB, host / GIB)
+    return Needs(placement.packages, CAPABILITY, phases.peak / GIB, footprint.host_bytes(cost, placement) / GIB)
 
 
 def plan(placement: Placement, machine: Machine, cost: ModelCost, rates: Rates | None = None) -> PlannedPlacement:
@@ -172,8 +117,7 @@ def plan(placement: Placement, machine: Machine, cost: ModelCost, rates: Rates |
     asked = needs(placement, cost)
 
     def seconds(steps: int, guided: bool) -> float | None:
-        way = (placement.weights, placement.offload, placement.decode)
-        return None if rates is None else footprint.chunk_seconds(cost, rates, steps, *way, guided=guided)
+        return None if rates is None else footprint.chunk_seconds(cost, rates, steps, placement, guided=guided)
 
     return PlannedPlacement(
         placement=placement,
@@ -187,13 +131,30 @@ def plan(placement: Placement, machine: Machine, cost: ModelCost, rates: Rates |
     )
 
 
-def plan_placements(machine: Machine, cost: ModelCost, rates: Rates | None = None) -> list[PlannedPlacement]:
-    """What is chosen from on a machine, best first, fitting or not."""
-    return [plan(placement, machine, cost, rates) for placement in offered(machine)]
+def plan_placements(
+    machine: Machine, cost: ModelCost, rates: Rates | None = None, *, released: bool = False
+) -> list[PlannedPlacement]:
+    """What is chosen from on a machine, best first, fitting or not; tiles only where they take less memory.
+
+    Args:
+        released: the model's files are laid out as NVIDIA released them.
+    """
+    plans = [plan(placement, machine, cost, rates) for placement in offered(machine, released=released)]
+
+    def worth_it(planned: PlannedPlacement) -> bool:
+        whole = needs(replace(planned.placement, decode="streamed"), cost)
+        return planned.placement.decode == "streamed" or planned.needs.gpu_gib <= WORTH_IT * whole.gpu_gib
+
+    return [planned for planned in plans if worth_it(planned)]
 
 
 def offered(
-    machine: Machine, weights: str | None = None, offload: str | None = None, decode: str | None = None
+    machine: Machine,
+    weights: str | None = None,
+    offload: str | None = None,
+    decode: str | None = None,
+    *,
+    released: bool = False,
 ) -> list[Placement]:
     """The placements with the given settings, best first; any setting where None.
 
@@ -212,7 +173,9 @@ def offered(
     else:
         found = ON_GPU
     named = [p for p in found if weights in (None, p.weights) and offload in (None, p.offload)]
-    return [replace(p, decode="tiled") for p in named] if decode == "tiled" else named
+    if decode == "tiled":
+        named = list(dict.fromkeys(replace(p, decode="tiled") for p in named))
+    return [replace(p, released=released) for p in named if decode in (None, p.decode)]
 
 
 def check_names(weights: str | None, offload: str | None, decode: str | None) -> None:
@@ -237,28 +200,36 @@ def best_placement(
     offload: str | None = None,
     decode: str | None = None,
     model: str = "The model",
+    *,
+    released: bool = False,
 ) -> PlannedPlacement:
     """The best placement with the given settings that fits.
 
     Args:
         model: its name, for the sentence that says why none fits.
+        released: its files are laid out as NVIDIA released them.
 
     Raises:
         UserError: none fits, or a setting does not exist.
     """
-    plans = [plan(placement, machine, cost) for placement in offered(machine, weights, offload, decode)]
+    ways = offered(machine, weights, offload, decode, released=released)
+    plans = [plan(placement, machine, cost) for placement in ways]
     for planned in plans:
         if planned.fits:
             return planned
-    other = next((planned for planned in plan_placements(machine, cost) if planned.fits), None)
-    raise UserError(nothing_fits_sentence(plans, other, machine, cost, model))
+    others = plan_placements(machine, cost, released=released)
+    raise UserError(nothing_fits_sentence(plans, others, machine, cost, model))
 
 
 def nothing_fits_sentence(
-    plans: list[PlannedPlacement], other: PlannedPlacement | None, machine: Machine, cost: ModelCost, model: str
+    plans: list[PlannedPlacement], others: list[PlannedPlacement], machine: Machine, cost: ModelCost, model: str
 ) -> str:
     """Why none of some placements fits, by how much the nearest one does not, and what would help."""
-    nearest = min(plans, key=lambda p: (p.too_old, p.gpu_short_gib + p.host_short_gib, len(p.missing_packages)))
+
+    def distance(p: PlannedPlacement) -> tuple[bool, float, bool, int]:
+        return p.too_old, p.gpu_short_gib + p.host_short_gib, p.placement.must_be_converted, len(p.missing_packages)
+
+    nearest = min(plans, key=distance)
     asked = nearest.needs
     if nearest.too_old:
         major, minor = machine.compute_capability
@@ -271,12 +242,10 @@ def nothing_fits_sentence(
         lacks.append(f"{asked.host_gib:.1f} GiB of host memory, {nearest.host_short_gib:.1f} GiB more than is free")
     if nearest.missing_packages:
         lacks.append(f"the package {' and '.join(nearest.missing_packages)}")
-    way_out = "close other programs, use a machine with more memory, or --model lyra-tiny"
-    if other is not None:
-        way_out = f"use {other.placement.options}, which fits"
-    elif nearest.missing_packages and not (nearest.gpu_short_gib or nearest.host_short_gib):
-        way_out = f"run pip install {' '.join(nearest.missing_packages)}"
+    if nearest.placement.must_be_converted:
+        lacks.append("a converted model")
     lead = f"even {nearest.placement.options}" if len(plans) > 1 else nearest.placement.options
+    way_out = what_would_help(nearest, others, model)
     if machine.gpu_name is None:
         p = cost.parameters
         lead = (
@@ -284,6 +253,22 @@ def nothing_fits_sentence(
         )
         way_out = "use a machine with a GPU or more memory, or --model lyra-tiny"
     return f"{model} does not fit this machine: {lead} needs {' and '.join(lacks)}; {way_out}."
+
+
+def what_would_help(nearest: PlannedPlacement, others: list[PlannedPlacement], model: str) -> str:
+    """A placement that fits, or what to install or convert so that one does."""
+    fitting = next((planned for planned in others if planned.fits), None)
+    if fitting is not None:
+        return f"use {fitting.placement.options}, which fits"
+    roomy = nearest if nearest.has_room else next((planned for planned in others if planned.has_room), None)
+    if roomy is None:
+        return "close other programs, use a machine with more memory, or --model lyra-tiny"
+    steps = []
+    if roomy.missing_packages:
+        steps.append(f"run pip install {' '.join(roomy.missing_packages)}")
+    if roomy.placement.must_be_converted:
+        steps.append(f"run python -m lyra convert {model} --out FOLDER once and use --model FOLDER")
+    return " and ".join(steps) + ("" if roomy is nearest else f", and {roomy.placement.options} fits")
 
 
 def choose_placement(
@@ -301,16 +286,18 @@ def choose_placement(
     Raises:
         UserError: the device is not there, a setting does not exist, or the model does not fit.
     """
-    chosen = choose_device(device).device
+    chosen, released = choose_device(device).device, source.layout == "released"
     machine = this_machine(chosen)
     if footprint.stored_bytes(source.folder) > SMALL_MODEL:
-        cost = count_cost(footprint.transformer_config(source.folder, released=source.layout == "released"), *FRAME)
-        found = best_placement(machine, cost, weights, offload, decode, source.name)
+        cost = count_cost(footprint.transformer_config(source.folder, released=released), *FRAME)
+        found = best_placement(machine, cost, weights, offload, decode, source.name, released=released)
         return replace(found.placement, device=str(chosen), cost=cost)
     check_names(weights, offload, decode)
+    if weights == "nf4" and chosen.type != "cuda":
+        raise UserError("4-bit weights are made on a CUDA GPU; leave --weights out or choose another format.")
     default = "fp32" if chosen.type == "cpu" else "bf16"
     settings: Any = {"weights": weights or default, "offload": offload or "none", "decode": decode or "streamed"}
-    placement = replace(Placement(device=str(chosen)), **settings)
+    placement = replace(Placement(device=str(chosen), released=released), **settings)
     missing = [name for name in placement.packages if name not in machine.packages]
     if missing:
         raise UserError(f"{placement.options} needs a package that is missing; run pip install {' '.join(missing)}.")
@@ -321,17 +308,18 @@ def next_to_try(placement: Placement, machine: Machine) -> Placement | None:
     """The next placement that takes at least 5 % less GPU memory and can be run; None where there is none."""
     if placement.on_cpu:
         return None
-    way = replace(placement, decode="streamed", device="cuda")
-    later = ON_GPU[ON_GPU.index(way) + 1 :] if way in ON_GPU else ON_GPU
-    cost = placement.cost
-    for following in (replace(p, device=placement.device, cost=cost) for p in later):
-        if any(name not in machine.packages for name in following.packages):
+    known = (replace(placement, device="cuda"), replace(placement, decode="streamed", device="cuda"))
+    place = next((ON_GPU.index(way) + 1 for way in known if way in ON_GPU), 0)
+    settings: Any = {name: getattr(placement, name) for name in ("device", "cost", "released")}
+    for following in (replace(p, **settings) for p in ON_GPU[place:]):
+        if following.must_be_converted or any(name not in machine.packages for name in following.packages):
             continue
-        if cost is None:
+        if placement.cost is None:
             return following
         # The memory that is free now says little, because the run that failed holds some of it.
-        planned, most = plan(following, machine, cost), 0.95 * needs(placement, cost).gpu_gib
-        if planned.needs.gpu_gib <= min(most, machine.gpu_total_gib) and not planned.host_short_gib:
+        planned = plan(following, machine, placement.cost)
+        most = min(WORTH_IT * needs(placement, placement.cost).gpu_gib, machine.gpu_total_gib)
+        if planned.needs.gpu_gib <= most and not planned.host_short_gib:
             return following
     return None
 

@@ -33,14 +33,16 @@ SPEED = Rates(346, 346, "35% of a datasheet")
 
 def row(lines: list[str], options: str) -> str:
     """The one line of the table about some options."""
-    (found,) = [line for line in lines if line.strip().startswith(options + " ")]
+    (found,) = [line for line in lines if line.strip().startswith(options + "  ")]
     return found
 
 
 def test_the_table_has_a_line_for_every_placement_with_memory_time_and_verdict():
     lines = placement_lines(MACHINES[80], SPEED)
     for placement in ON_GPU:
-        assert re.search(r"\d+\.\d +\d+\.\d +\d+ s +\d+ (s|min) +fits$", row(lines, placement.options))
+        verdict = "needs a converted model" if placement.weights == "nf4" else "fits"
+        assert re.search(rf"\d+\.\d +\d+\.\d +\d+ s +\d+ (s|min) +{verdict}$", row(lines, placement.options))
+    assert any("nf4) are made from a converted model" in line for line in lines)
     assert any("speed: 35% of a datasheet" in line for line in lines)
     assert not any("None fits here" in line for line in lines)
 
@@ -51,7 +53,10 @@ def test_the_table_says_by_how_much_something_does_not_fit():
     old = placement_lines(replace(MACHINES[16], compute_capability=(7, 5)), None)
     assert row(old, "--weights fp8 --offload group").endswith("needs compute capability 8.0")
     bare = placement_lines(replace(MACHINES[80], packages=frozenset({"accelerate"})), None)
-    assert row(bare, "--weights nf4 --offload model").endswith("needs pip install bitsandbytes")
+    nf4 = row(bare, "--weights nf4 --offload model")
+    assert nf4.endswith("needs pip install bitsandbytes, needs a converted model")
+    tiled = placement_lines(MACHINES[12], SPEED)
+    assert row(tiled, "--weights fp8 --offload group --decode tiled").endswith("fits")
 
 
 def test_no_time_is_made_up_for_an_unknown_device():

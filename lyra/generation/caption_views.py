@@ -43,4 +43,5 @@ def caption_request(walk: Walk, state: WalkState, hint: str) -> CaptionRequest:
         newest=to_uint8(state.images[newest]).cpu(),
         previews=to_uint8(views).cpu(),
         region_hint=hint,
+        previous=hint,
     )

@@ -169,7 +169,8 @@ def generate_chunk(
     latents = denoise(parts, state, inputs, job, prompt, seed, progress)
 
     progress.enter("Decode")
-    decoder_cache = cache_to(state.decoder_cache, latents.device)
+    at_work = torch.device("cpu") if getattr(parts.autoencoder, "caches_on_host", False) else latents.device
+    decoder_cache = cache_to(state.decoder_cache, at_work)
     frames = decode_video(parts.autoencoder, latents, decoder_cache)[0].transpose(0, 1)
     if seen is not None and parts.blend is not None:
         frames = keep_seen_pixels(parts.blend, frames, seen, progress)
@@ -182,7 +183,7 @@ def generate_chunk(
     depth = parts.depth.measure(small[measured], targets[measured], stack_or_unknown(seen_depth, small[measured]))
 
     progress.enter("Remember")
-    encoder_cache = cache_to(state.encoder_cache, latents.device)
+    encoder_cache = cache_to(state.encoder_cache, at_work)
     pixels = to_uint8(frames).cpu()
     record = ChunkRecord(
         latents=encode_video(parts.autoencoder, small.transpose(0, 1)[None], encoder_cache),
@@ -304,27 +305,30 @@ def denoise(
     shape = list(inputs.history.shape)
     shape[2] = parts.layout.targets.count
     noise = initial_noise(seed, tuple(shape)).to(state.history.device)
-    with attention_backend(parts.attention), fastest_attention():
-        if job.sampler == "dmd":
-            latents = sample_dmd(
-                velocity(text),
-                noise,
-                flow_shift=parts.settings.flow_shift,
-                history_slots=parts.layout.history_slots,
-                generator=torch.Generator().manual_seed(seed),
-                callback_on_step_end=progress.step,
-            )
-        else:
-            latents = sample_full(
-                velocity(text),
-                velocity(parts.negative_text),
-                noise,
-                num_inference_steps=job.steps,
-                guidance_scale=job.guidance(parts.settings),
-                flow_shift=parts.settings.flow_shift,
-                callback_on_step_end=progress.step,
-            )
-    parts.release()
+    try:
+        with attention_backend(parts.attention), fastest_attention():
+            if job.sampler == "dmd":
+                latents = sample_dmd(
+                    velocity(text),
+                    noise,
+                    flow_shift=parts.settings.flow_shift,
+                    history_slots=parts.layout.history_slots,
+                    generator=torch.Generator().manual_seed(seed),
+                    callback_on_step_end=progress.step,
+                )
+            else:
+                latents = sample_full(
+                    velocity(text),
+                    velocity(parts.negative_text),
+                    noise,
+                    num_inference_steps=job.steps,
+                    guidance_scale=job.guidance(parts.settings),
+                    flow_shift=parts.settings.flow_shift,
+                    callback_on_step_end=progress.step,
+                )
+    finally:
+        # Also after a cancel, because others need the room.
+        parts.release()
     return latents.to(state.history.dtype)
 
 

@@ -22,8 +22,9 @@ from lyra.models.conditioning import Projection
 from lyra.models.rope import apply_rotary
 from lyra.models.token_group import TokenGroup
 
-SLICE_TOKENS = 8192
-"""Tokens that token-wise work is done on at once, where no gradient is kept."""
+SLICE_TOKENS, FLOAT_TOKENS = 8192, 2048
+"""Tokens that token-wise work is done on at once, where no gradient is kept: products with weights, and what has
+float32 steps between large tensors (encoding of correspondences, norm and rotary embedding of queries and keys)."""
 
 
 @dataclass
@@ -36,7 +37,7 @@ class BlockCache:
 
 @dataclass
 class TextCache:
-    """Keys and values of one block's cross-attention for one text."""
+    """Keys and values of one block's cross-attention for one text and for the image."""
 
     text: tuple[Tensor, Tensor] | None = None
     image: tuple[Tensor, Tensor] | None = None
@@ -61,7 +62,14 @@ class SelfAttention(nn.Module):
         """Queries and keys, normed and rotated by the tokens' rotary angles; the keys may take the place of x."""
 
         def turned(project: nn.Linear, norm: nn.RMSNorm) -> Callable[..., Tensor]:
-            return lambda part, its: apply_rotary(split_heads(norm(project(part)), self.heads), its[0])
+            def finish(part: Tensor, its_angles: Tensor) -> Tensor:
+                return apply_rotary(split_heads(norm(part), self.heads), its_angles[0])
+
+            def of(part: Tensor, its_angles: Tensor) -> Tensor:
+                flat = project(part)
+                return in_slices(finish, flat, its_angles, out=split_heads(flat, self.heads), at_once=FLOAT_TOKENS)
+
+            return of
 
         q = in_slices(turned(self.to_q, self.norm_q), x, angles[None])
         return q, in_slices(turned(self.to_k, self.norm_k), x, angles[None], out=split_heads(x, self.heads))
@@ -95,10 +103,12 @@ class CrossAttention(nn.Module):
         cache: TextCache,
     ) -> Float[Tensor, "b n d"]:
         """Attention output for tokens x; text and image are needed only until the cache has their keys and values."""
-        if cache.text is None or cache.image is None:
+        if cache.text is None:
             cache.text = self.norm_k(self.to_k(text)), self.to_v(text)
+        if cache.image is None:
             cache.image = self.norm_added_k(self.add_k_proj(image)), self.add_v_proj(image)
-        q = split_heads(self.norm_q(self.to_q(x)), self.heads)
+        q = self.to_q(x)
+        q = split_heads(in_slices(self.norm_q, q, out=q, at_once=FLOAT_TOKENS), self.heads)
         to_text, to_image = (
             attend(q, split_heads(k, self.heads), split_heads(v, self.heads)) for k, v in (cache.text, cache.image)
         )
@@ -165,7 +175,7 @@ class Lyra2Block(nn.Module):
         What fills the caches (`correspondence`, `text`, `image`) is None once they are full.
         """
         if cache.correspondence is None:
-            cache.correspondence = in_slices(self.squeeze_correspondence, correspondence)
+            cache.correspondence = in_slices(self.squeeze_correspondence, correspondence, at_once=FLOAT_TOKENS)
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table.float() + modulation).chunk(6, dim=1)
         bias = (camera, cache.correspondence, correspondence_index)
         heads = self.attended(x, scale1, shift1, *bias, angles, group)
@@ -208,7 +218,12 @@ class Lyra2Block(nn.Module):
         return self.correspondence_encoder[0](encoded.to(self.scale_shift_table.dtype))
 
 
-def in_slices(function: Callable[..., Tensor], *tensors: Tensor | None, out: Tensor | None = None) -> Tensor:
+def in_slices(
+    function: Callable[..., Tensor],
+    *tensors: Tensor | None,
+    out: Tensor | None = None,
+    at_once: int | None = None,
+) -> Tensor:
     """A function of each token applied to a few tokens at a time, which bounds its working memory.
 
     The values are those of one application to all tokens. With gradients, or inside torch.compile, which fuses the
@@ -217,16 +232,17 @@ def in_slices(function: Callable[..., Tensor], *tensors: Tensor | None, out: Ten
     Args:
         tensors: with the tokens along dimension 1.
         out: memory that slices may be written to, also that of one of `tensors` which nobody needs any more.
+        at_once: tokens of a slice; `SLICE_TOKENS` when None.
     """
     given = [tensor for tensor in tensors if tensor is not None]
-    tokens = given[0].shape[1]
-    if tokens <= SLICE_TOKENS or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    tokens, size = given[0].shape[1], at_once or SLICE_TOKENS
+    if tokens <= size or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(*given)
-    for start in range(0, tokens, SLICE_TOKENS):
-        part = function(*(tensor[:, start : start + SLICE_TOKENS] for tensor in given))
+    for start in range(0, tokens, size):
+        part = function(*(tensor[:, start : start + size] for tensor in given))
         if out is None:
             out = part.new_empty(part.shape[0], tokens, *part.shape[2:])
-        out[:, start : start + SLICE_TOKENS] = part
+        out[:, start : start + size] = part
     assert out is not None
     return out
 

@@ -157,6 +157,19 @@ class ContextParallelGroup:
         """Whether this process is to `serve`; the first process does all the rest."""
         return self.tokens.rank > 0
 
+    def agree(self, choose: Callable[[], Any] | None) -> Any:
+        """What the first process chooses, in every process; the others pass None and wait for it.
+
+        Raises:
+            Exception: whatever the first process's choice raised, there.
+        """
+        if self.channel is None:
+            assert choose is not None
+            return choose()
+        chosen = [choose() if choose is not None and not self.is_worker else None]
+        dist.broadcast_object_list(chosen, 0, group=self.channel.group)
+        return chosen[0]
+
     def open_channel(self) -> Channel:
         """The channel of a group that has one.
 

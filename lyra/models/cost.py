@@ -24,21 +24,21 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a 4-bit weight: half a byte, an 8-bit scale per 64 weights, and a float32 scale of 256 scales."""
 
 COUNTED_PIXELS = 480 * 832
-"""Frame size at which the figures of the other networks were counted, on tensors without storage."""
+"""Frame size at which the figures below were counted, most of them on tensors without storage."""
 
-WORKING_WIDTHS = {2: 13, 4: 11}
-"""Tensors as large as the tokens that are alive at the widest moment of a block, its float32 rotary embedding, by the
-bytes of an element; counted on the transformer as it is."""
-
+WHOLE_TENSORS = 5
+"""Tensors as large as the tokens that are alive at the widest moment of a block, attention: the block's input, queries,
+keys, values and output. What is done in slices takes less."""
+BUILD_INPUTS = 6.88e9
+"""Bytes of warping the newest frame and five remembered ones' coordinates and building a chunk's inputs, float32."""
 DECODER_CACHE, ENCODER_CACHE = 1.89e9, 1.12e9
 """Bytes of the Wan autoencoder's feature caches (bf16), from which the next chunk goes on."""
-ENCODE_WORKING = 2.97e9
-"""Bytes of encoding frame by frame, with the cache that it builds; decoding takes less beside the caches of both."""
-FRAMES = 0.38e9
-"""Bytes of the 80 decoded frames, at two sizes."""
-DEPTH_WORKING = 4.51e9
-"""Bytes of Depth Anything 3 (nested) with ten frames, whose dense heads are float32."""
-TEXT_WORKING = 0.3e9
+DECODE_WORKING, ENCODE_WORKING = 4.23e9, 2.97e9
+"""Bytes of decoding and encoding latent by latent, the cache that is built among them; the one before is not."""
+FRAMES, REMEMBERED = 0.19e9, 0.45e9
+"""Bytes of the 80 decoded frames, and of what ten chunks leave: images, depth and latents."""
+DEPTH_WORKING, TEXT_WORKING = 4.75e9, 0.3e9
+"""Bytes of Depth Anything 3 (nested) with ten frames, eight at once in its float32 heads, and of UMT5-XXL."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,10 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of one forward pass."""
+    """Tokens of one forward pass: of each history segment and of the latents to generate."""
 
     segments: tuple[int, ...]
-    """Of each history segment."""
     targets: int
-    """Of the latents to generate."""
     corresponding: int
     """Those that have correspondences: retrieved frames and targets."""
 
@@ -105,17 +103,16 @@ class Tokens:
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """FLOPs of one forward pass by term; the last three groups are the same in all steps of a chunk."""
+    """FLOPs of one forward pass by term; the last four are the same in all steps of a chunk."""
 
     self_projections: int
-    """Queries, keys, values and output of the self-attention."""
+    """Queries, keys, values and output."""
     cross_projections: int
-    """Queries and output of the cross-attention."""
+    """Queries and output."""
     feed_forward: int
     camera: int
-    """Ray features to the width of the tokens, in every block."""
+    """Ray features to the width of the tokens, in every block, and squeezed correspondences likewise."""
     correspondence: int
-    """Squeezed correspondences to the width of the tokens, in every block."""
     self_attention: int
     cross_attention: int
     ends: int
@@ -124,18 +121,20 @@ class ForwardFlops:
     """Patch embedding of the history; the same throughout a chunk."""
     squeeze: int
     """Encoded correspondences to the squeezed width, in every block; the same throughout a chunk."""
-    context: int
-    """Text and image embedding, and the keys and values made of them; the same throughout a chunk for one text."""
+    image: int
+    """Image embedding, and the keys and values made of it; the same throughout a chunk."""
+    text: int
+    """Likewise of the text; the same throughout a chunk for one text."""
 
     @property
     def per_chunk(self) -> int:
         """Part that depends on neither step nor text."""
-        return self.history + self.squeeze
+        return self.history + self.squeeze + self.image
 
     @property
     def per_text(self) -> int:
-        """Part that depends on the text only; guidance has two."""
-        return self.context
+        """Part that depends on the text only."""
+        return self.text
 
     @property
     def per_forward(self) -> int:
@@ -155,15 +154,13 @@ class ForwardFlops:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters of a transformer by where they are."""
+    """Parameters of a transformer by where they are: its blocks, or embeddings and output head outside."""
 
     block_matrices: int
     """Weights of the blocks' linear layers."""
     block_biases: int
     block_norms: int
-    """Norms and modulation tables of the blocks."""
     outside: int
-    """Embeddings and output head."""
     layers: int
     largest_matrix: int
     """Weights of the largest linear layer of a block."""
@@ -184,7 +181,7 @@ class Parameters:
         return linear[weights] + self.block_norms * (4 if weights == "fp32" else 2)
 
     def outside_bytes(self, weights: WeightFormat) -> int:
-        """Bytes of embeddings and head, which are never stored in fewer than 16 bits."""
+        """Bytes of embeddings and head, never stored in fewer than 16 bits."""
         return self.outside * (4 if weights == "fp32" else 2)
 
     def bytes(self, weights: WeightFormat) -> int:
@@ -194,21 +191,17 @@ class Parameters:
 
 @dataclass(frozen=True)
 class OtherFlops:
-    """FLOPs of one chunk outside the transformer, for the released networks (80 frames, 20 latents)."""
+    """FLOPs of a chunk outside the transformer, for the released networks (80 frames, ten with depth, one caption)."""
 
     decode: float
-    """The new latents to frames."""
     encode_condition: float
     """The warped frames, with one frame put before them."""
     encode_new: float
-    """The new frames, for the history."""
     encode_memory: float
     """Five remembered images, one by one."""
     image_encoder: float
     text_encoder: float
-    """One caption."""
     depth: float
-    """Ten new frames."""
 
     @property
     def autoencoder(self) -> float:
@@ -218,21 +211,27 @@ class OtherFlops:
     @property
     def total(self) -> float:
         """All of it."""
-        return self.autoencoder + self.image_encoder + self.text_encoder + self.depth
+        return sum(getattr(self, item.name) for item in fields(self))
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes on the device beside the weights, by phase of a chunk, each at its widest moment."""
+    """Bytes on the device beside the weights, by what needs them, each at its widest moment."""
 
+    inputs: int
+    """What a chunk is conditioned on, float32, as it is built."""
+    build_inputs: int
+    """Building them."""
     denoise: int
-    """A forward pass, with its inputs and what is kept of it for the next one."""
-    autoencode: int
-    """The autoencoder, latent by latent, with the feature caches of this chunk and of the one before."""
+    """A forward pass, with its inputs in its own number format and what is kept of it for the next one."""
+    decode: int
+    encode: int
+    decoder_cache: int
+    encoder_cache: int
+    frames: int
     depth: int
     text: int
-    carried: int
-    """The autoencoder's feature caches, which it needs again in the next chunk; part of `autoencode`."""
+    remembered: int
 
 
 @dataclass(frozen=True)
@@ -243,8 +242,7 @@ class ModelCost:
     height: int
     width: int
     latent_size: tuple[int, int]
-    context_tokens: int
-    """Tokens of text and image together."""
+    image_tokens: int
     tokens: Tokens
     flops: ForwardFlops
     parameters: Parameters
@@ -258,13 +256,11 @@ class ModelCost:
 
 
 def count_cost(config: Any, height: int, width: int, *, stride: int = 8, image_tokens: int = 257) -> ModelCost:
-    """Count a model at a frame size.
+    """Count a model, given as a mapping or object with the transformer's constructor arguments.
 
     Args:
-        config: a mapping or object with the transformer's constructor arguments.
         height, width: of the generated frames, in pixels.
-        stride: pixels per latent cell, in each direction (released: 8).
-        image_tokens: tokens of the image embedding (released: 257).
+        stride: pixels per latent cell (released: 8). image_tokens: of the image embedding (released: 257).
 
     Raises:
         UserError: the size is not a multiple of the stride.
@@ -277,7 +273,7 @@ def count_cost(config: Any, height: int, width: int, *, stride: int = 8, image_t
         height=height,
         width=width,
         latent_size=size,
-        context_tokens=counted.text_len + image_tokens,
+        image_tokens=image_tokens,
         tokens=tokens,
         flops=forward_flops(counted, tokens, image_tokens),
         parameters=count_parameters(counted),
@@ -311,13 +307,8 @@ def count_tokens(layout: str, latent_height: int, latent_width: int) -> Tokens:
 
 
 def forward_flops(c: TransformerConfig, tokens: Tokens, image_tokens: int) -> ForwardFlops:
-    """FLOPs of one forward pass; tokens without correspondences do not pass through their encoder.
-
-    The released code also sends the temporal history through the correspondence encoder and multiplies it by zero,
-    which adds 0.1 %.
-    """
+    """FLOPs of one forward pass; tokens without correspondences skip their encoder (released code: times zero)."""
     n, d, layers = tokens.total, c.dim, c.num_layers
-    context = c.text_len + image_tokens
     embed_text = 2 * c.text_len * (c.text_dim * d + d * d)
     embed_image = 2 * image_tokens * (c.image_dim * c.image_dim + c.image_dim * d)
     time = 2 * (c.freq_dim * d + d * d + 6 * d * d)
@@ -329,11 +320,12 @@ def forward_flops(c: TransformerConfig, tokens: Tokens, image_tokens: int) -> Fo
         camera=2 * n * layers * 4 * c.camera_channels * d,
         correspondence=2 * tokens.corresponding * layers * c.correspondence_squeeze * d,
         self_attention=4 * n * n * d * layers,
-        cross_attention=4 * n * context * d * layers,
+        cross_attention=4 * n * (c.text_len + image_tokens) * d * layers,
         ends=2 * tokens.targets * 4 * (c.in_channels + c.out_channels) * d + time,
         history=2 * d * sum(count * inputs for count, inputs in patches),
         squeeze=2 * tokens.corresponding * layers * c.encoded_correspondence * c.correspondence_squeeze,
-        context=embed_text + embed_image + 2 * layers * 2 * context * d * d,
+        image=embed_image + 2 * layers * 2 * image_tokens * d * d,
+        text=embed_text + 2 * layers * 2 * c.text_len * d * d,
     )
 
 
@@ -381,19 +373,27 @@ def count_activations(cost: ModelCost, element: Literal[2, 4]) -> Activations:
     """
     c, tokens = cost.config, cost.tokens
     slots, cells = FramePackLayout.parse(c.layout).slots, math.prod(cost.latent_size)
-    inputs = 4 * slots * cells * (c.in_channels + c.camera_channels + c.correspondence_channels)
-    text_cache = c.num_layers * 2 * cost.context_tokens * c.dim
-    cached = tokens.history * c.dim + tokens.total * 4 * c.camera_channels
-    cached += c.num_layers * tokens.corresponding * c.correspondence_squeeze + text_cache
-    # The first pass holds the encoded correspondences; later ones may hold the second text of guidance instead.
-    once = max(tokens.corresponding * c.encoded_correspondence, text_cache)
-    working = WORKING_WIDTHS[element] * tokens.total * c.dim
-    scale = element / 2 * cost.height * cost.width / COUNTED_PIXELS
-    carried = scale * (DECODER_CACHE + ENCODER_CACHE)
+    inputs = slots * cells * (c.in_channels + c.camera_channels + c.correspondence_channels)
+    text, image = (c.num_layers * 2 * count * c.dim for count in (c.text_len, cost.image_tokens))
+    cached = tokens.history * c.dim + tokens.total * 4 * c.camera_channels + text + image
+    cached += c.num_layers * tokens.corresponding * c.correspondence_squeeze
+    # The first pass holds the folded correspondences; later ones may hold the second text of guidance instead.
+    once = max(tokens.corresponding * 4 * c.correspondence_channels, text)
+    working = WHOLE_TENSORS * tokens.total * c.dim
+    # Inputs in float32 are used as they are.
+    own_inputs = element * inputs if element < 4 else 0
+    pixels = cost.height * cost.width / COUNTED_PIXELS
+    scale = element / 2 * pixels
     return Activations(
-        denoise=inputs + element * (cached + once + working),
-        autoencode=round(carried + scale * (DECODER_CACHE + ENCODE_WORKING + FRAMES)),
-        depth=round(scale * (DECODER_CACHE + FRAMES) + scale * 2 / element * DEPTH_WORKING),
+        inputs=4 * inputs,
+        build_inputs=round(pixels * BUILD_INPUTS),
+        denoise=own_inputs + element * (cached + once + working),
+        decode=round(scale * DECODE_WORKING),
+        encode=round(scale * ENCODE_WORKING),
+        decoder_cache=round(scale * DECODER_CACHE),
+        encoder_cache=round(scale * ENCODER_CACHE),
+        frames=round(scale * FRAMES),
+        depth=round(pixels * DEPTH_WORKING),
         text=round(element / 2 * TEXT_WORKING),
-        carried=round(carried),
+        remembered=round(pixels * REMEMBERED),
     )

@@ -11,8 +11,9 @@ import io
 import pickle
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,11 +41,26 @@ _FORMAT_CLASSES = {
     "torch.serialization": {"_get_layout"},
     "collections": {"OrderedDict"},
 }
-_PATHS = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}
 
 
-class MetadataUnpickler(pickle.Unpickler):
-    """Builds the classes of the checkpoint format and refuses every other name."""
+class RecordedPath(str):
+    """A path as text: the folder that the checkpoint was written to, which nothing here opens."""
+
+    __slots__ = ()
+
+    def __new__(cls, *parts: str) -> RecordedPath:
+        """A path of these parts."""
+        return super().__new__(cls, "/".join(parts))
+
+
+class MetadataUnpickler(pickle._Unpickler):
+    """Builds the classes of the checkpoint format and refuses every other name.
+
+    It is the unpickler in Python, because only that one can be kept from setting attributes on classes, by which a
+    file could change how this process reads paths.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         """The class of that name.
@@ -56,9 +72,22 @@ class MetadataUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
             return getattr(torch, name)
-        if module.startswith("pathlib") and name in _PATHS:
-            return _PATHS[name]
+        if module.startswith("pathlib") and name in ("PosixPath", "WindowsPath"):
+            return RecordedPath
         raise pickle.UnpicklingError(f"it names {module}.{name}, which the format does not have")
+
+    def load_build(self) -> None:
+        """Give an object its state, if it is one of the format's records.
+
+        Raises:
+            pickle.UnpicklingError: it is anything else, such as a class.
+        """
+        record = self.stack[-2]  # type: ignore[attr-defined] # typeshed lists the public members only.
+        if isinstance(record, type) or not is_dataclass(record):
+            raise pickle.UnpicklingError(f"it changes {record!r}")
+        super().load_build()  # type: ignore[misc] # As above.
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 class SafeReader(dcp.FileSystemReader):

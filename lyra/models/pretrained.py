@@ -95,7 +95,7 @@ def load_pretrained(model_class: Any, folder: Path, *, dtype: torch.dtype | None
     check_shapes(shapes, found)
     word = {} if dtype is None else {"torch_dtype" if hasattr(model_class, "load_config") else "dtype": dtype}
     try:
-        model = model_class.from_pretrained(folder, **word, **options)
+        model = model_class.from_pretrained(folder, use_safetensors=True, **word, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"The weights in {folder} cannot be loaded ({error}); restore the folder.") from error
     return model.eval().requires_grad_(False)

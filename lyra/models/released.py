@@ -41,6 +41,8 @@ from lyra.models.wan_autoencoder import from_released_autoencoder
 from lyra.models.weight_files import TORCH_SUFFIXES, read_weights
 
 SIZES_FILE = "sizes.json"
+SIZE_SETTINGS = ("generation_height", "generation_width")
+"""Settings that a sizes file may give; a licence or a name is none of them."""
 LORA_FILE = "lora/dmd_distillation.safetensors"
 NEGATIVE_FILE = "text_encoder/negative_prompt.pt"
 NEGATIVE_TENSOR = "negative_prompt.safetensors"
@@ -72,7 +74,11 @@ class ReleasedSizes:
             return cls()
         parts = ", ".join(item.name for item in fields(cls))
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            sizes = cls(**json.loads(path.read_text(encoding="utf-8")))
+            odd = sorted(set(sizes.settings) - set(SIZE_SETTINGS))
+            if odd:
+                raise ValueError(f"settings may not have {', '.join(odd)}")
+            return sizes
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path} cannot be used ({error}); give sizes of {parts} as JSON, or delete it.") from error
 

@@ -45,6 +45,8 @@ class StreamingWanAutoencoder:
 
     spatial_stride = 8
     temporal_stride = 4
+    caches_on_host = False
+    """Whether caches stay in host memory while a video is encoded or decoded."""
 
     def __init__(self, vae: Any) -> None:
         self.vae = vae

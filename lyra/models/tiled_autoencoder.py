@@ -37,6 +37,8 @@ class Tile:
 class TiledWanAutoencoder(StreamingWanAutoencoder):
     """A `StreamingWanAutoencoder` that works tile by tile."""
 
+    caches_on_host = True
+
     def encode_piece(self, frames: Float[Tensor, "b 3 t h w"], cache: Cache) -> Float[Tensor, "b z t4 h2 w2"]:
         """Latents of the next frames."""
         height, width = (side // self.spatial_stride for side in frames.shape[-2:])

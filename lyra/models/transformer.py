@@ -66,7 +66,7 @@ class Lyra2Transformer3DModel(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = False
     _no_split_modules = ("Lyra2Block",)
     _repeated_blocks = ("Lyra2Block",)
-    KEPT_PRECISE = ("patch_embedding", "condition_embedder", "norm", "proj_out")
+    KEPT_PRECISE = ("patch_embedding", "history_patch_embeddings", "condition_embedder", "norm", "proj_out")
     """Parts of module names that stay out of float8 storage and 4-bit weights: small, and they decide a lot."""
     _skip_layerwise_casting_patterns = KEPT_PRECISE
 
@@ -140,7 +140,7 @@ class Lyra2Transformer3DModel(ModelMixin, ConfigMixin):
         group = self.token_group.sharing(tokens.shape[1])
         coordinates = self.fill(cache, rays, correspondence, group)
         time, modulation = self.condition_embedder.embed_time(timestep)
-        _, text_caches = cache.texts.setdefault(id(text), (text, [TextCache() for _ in self.blocks]))
+        text_caches = self.text_caches(cache, text)
         text_tokens, image_tokens = self.embed_context(text, image, text_caches[0])
         angles = self.rotary_angles(height, width, tokens.device)[group.share]
         tokens = tokens[:, group.share]
@@ -175,15 +175,22 @@ class Lyra2Transformer3DModel(ModelMixin, ConfigMixin):
         cache.blocks = [BlockCache() for _ in self.blocks]
         return folded[:, part]
 
+    def text_caches(self, cache: ChunkCache, text: Float[Tensor, "b l e"]) -> list[TextCache]:
+        """The blocks' caches for a text; those of a new one have what the others know of the image."""
+        if id(text) not in cache.texts:
+            _, others = next(iter(cache.texts.values()), (None, [TextCache()] * len(self.blocks)))
+            cache.texts[id(text)] = text, [TextCache(image=other.image) for other in others]
+        return cache.texts[id(text)][1]
+
     def embed_context(
         self, text: Float[Tensor, "b l e"], image: Float[Tensor, "b m f"], known: TextCache
     ) -> tuple[Tensor | None, Tensor | None]:
         """Text and image tokens in the transformer's width; None once all blocks have their keys and values."""
-        if known.text is not None:
-            return None, None
-        dtype = self.patch_embedding.weight.dtype
-        embedder = self.condition_embedder
-        return embedder.embed_text(text.to(dtype)), embedder.image_embedder(image.to(dtype))
+        dtype, embedder = self.patch_embedding.weight.dtype, self.condition_embedder
+        return (
+            embedder.embed_text(text.to(dtype)) if known.text is None else None,
+            embedder.image_embedder(image.to(dtype)) if known.image is None else None,
+        )
 
     def embed_history(self, x: Float[Tensor, "b c t h w"]) -> Float[Tensor, "b h d"]:
         """Patch-embed each history segment with its own linear map."""

@@ -55,7 +55,7 @@ def test_the_video_is_the_released_one(run, golden):
     full = torch.cat([torch.zeros_like(video[:, :, :1]), video], dim=2)
     difference = (full.flatten()[golden["video@index"]] - golden["video@value"])[generated]
     assert int(generated.sum()) > 4000
-    assert difference.abs().max() < 1e-4
+    assert difference.abs().max() < 1e-4 * max(1.0, float(golden["video@stats"][2]) / 4)
 
 
 def test_a_record_read_back_is_the_same(run):
