@@ -125,12 +125,13 @@ class Placement:
         return self.released and self.weights == "nf4"
 
 
-ON_GPU = tuple(
-    Placement(weights, offload, decode)
-    for weights in WEIGHT_FORMATS
-    if weights != "fp32"
-    for offload, decode in (*((way, "streamed") for way in OFFLOADS), ("group", "tiled"))
+_WAYS: tuple[tuple[Offload, Decode], ...] = (
+    ("none", "streamed"),
+    ("model", "streamed"),
+    ("group", "streamed"),
+    ("group", "tiled"),
 )
+ON_GPU = tuple(Placement(w, offload, decode) for w in WEIGHT_FORMATS if w != "fp32" for offload, decode in _WAYS)
 """What is chosen from on a GPU, best first: weights as released before rounded ones, then what moves least. Streaming
 costs little time, because a pass computes longer than its weights take to arrive. Tiles, which take twice the time and
 change pixels a little, come last, where other networks are out of the way; float32 is there on request only."""
