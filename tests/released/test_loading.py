@@ -188,7 +188,7 @@ def test_a_converted_model_is_the_same_and_keeps_its_licence(checkpoints, pipeli
     assert source.layout == "lyra" and source.licences == find_model(str(checkpoints)).licences
     again = LyraPipeline.from_pretrained(str(out))
     assert replace(again.parts.settings, part_licences={}) == pipeline.parts.settings
-    assert same_weights(again.parts.transformer, pipeline.parts.transformer)
+    assert same_weights(again.parts.transformer, load_transformer(checkpoints, torch.float32))
     image = torch.rand(1, 3, 64, 112) * 2 - 1
     # Weights that are mapped from a file lie elsewhere in memory, and kernels round by that.
     assert torch.allclose(again.parts.encode_image(image), pipeline.parts.encode_image(image), atol=1e-5)
