@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 
@@ -102,3 +102,15 @@ class GaussianScene:
         from lyra.export.ply import write_splat_ply
 
         write_splat_ply(Path(path), self)
+
+
+@dataclass(frozen=True)
+class TriangleMesh:
+    """A coloured surface in OpenCV world axes; faces are counter-clockwise seen from outside, in free space."""
+
+    vertices: Float[Tensor, "v 3"]
+    """In scene units."""
+    faces: Int[Tensor, "f 3"]
+    """Indices of vertices."""
+    colours: UInt8[Tensor, "v 3"]
+    """sRGB of each vertex."""
