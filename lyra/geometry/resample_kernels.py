@@ -34,10 +34,15 @@ def draw_quads(vertices: np.ndarray, coordinates: np.ndarray, quads: np.ndarray,
                 area = (x1 - x0) * (y2 - y0) - (x2 - x0) * (y1 - y0)
                 if abs(area) < 1e-9:
                     continue
-                left = max(0, math.ceil(min(x0, x1, x2)))
-                right = min(width - 1, math.floor(max(x0, x1, x2)))
-                top = max(0, math.ceil(min(y0, y1, y2)))
-                bottom = min(height - 1, math.floor(max(y0, y1, y2)))
+                # As much slack as the test of the edges below has, or rounding costs a whole row of pixels.
+                least_x, most_x = min(x0, x1, x2), max(x0, x1, x2)
+                least_y, most_y = min(y0, y1, y2), max(y0, y1, y2)
+                slack_x = EDGE_TOLERANCE * (most_x - least_x)
+                slack_y = EDGE_TOLERANCE * (most_y - least_y)
+                left = max(0, math.ceil(least_x - slack_x))
+                right = min(width - 1, math.floor(most_x + slack_x))
+                top = max(0, math.ceil(least_y - slack_y))
+                bottom = min(height - 1, math.floor(most_y + slack_y))
                 if left > right or top > bottom:
                     continue
                 scale = 1.0 / area

@@ -1,7 +1,7 @@
 """The forward warp against the released outputs and its slow twin; the backward warp against its twin."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lyra.geometry.cameras import project, ray_maps, unproject
@@ -78,6 +78,7 @@ def test_projecting_an_unprojected_map_gives_its_pixels_back(x, y, z, turn):
 
 
 @settings(max_examples=8, deadline=None)
+@example(x=0.0, z=0.0, turn=0.0, seed=10)  # Columns of vertices fall on pixel centres, give or take a rounding.
 @given(st.floats(-0.4, 0.4), st.floats(-0.6, 0.6), st.floats(-0.2, 0.2), st.integers(0, 99))
 def test_drawn_surface_equals_its_slow_twin(x, z, turn, seed):
     g = torch.Generator().manual_seed(seed)
@@ -88,7 +89,7 @@ def test_drawn_surface_equals_its_slow_twin(x, z, turn, seed):
     ours = draw_surface(surface, moved(x, 0.1, z, turn), k, 16, 22)
     twin = draw_surface_reference(surface, moved(x, 0.1, z, turn), k, 16, 22)
     both = ours.depth.isfinite() & twin.depth.isfinite()
-    assert (ours.depth.isfinite() != twin.depth.isfinite()).float().mean() < 0.01
+    assert (ours.depth.isfinite() != twin.depth.isfinite()).sum() <= 1
     close = (ours.depth - twin.depth).abs() < 1e-3
     assert close[both].float().mean() > 0.99
     assert ((ours.coordinates - twin.coordinates).abs().amax(-1) < 0.02)[both].float().mean() > 0.98
