@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import tyro
 
-if TYPE_CHECKING:
-    from lyra.models.context_parallel import ContextParallelGroup
+from lyra.config import LoadOptions
 
 
 @dataclass(frozen=True)
@@ -28,54 +28,52 @@ class Arguments:
     """Folder in which worlds are kept; those that nobody has used for a week are deleted."""
     model: str = "lyra-tiny"
     """A model name or a folder of weights."""
+    load: LoadOptions = field(default_factory=LoadOptions)
+    accept_licence: bool = False
+    """Accept the licence of gated weights, which is printed; remembered with the date. Visitors of a page that others
+    can open cannot."""
 
 
 def main(arguments: Arguments) -> int:
-    """Serve the app until it is stopped; returns the exit code."""
+    """Serve the app until it is stopped or, under torchrun, help the process that does; returns the exit code."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     # Gradio asks its own server whether it is up, which a proxy for other addresses must not answer.
     known = os.environ.get("NO_PROXY", os.environ.get("no_proxy", ""))
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(filter(None, [known, "127.0.0.1", "localhost"]))
     # Imported here, so that `--help` answers at once and the settings above come first.
+    from lyra.cli import accept_licences
     from lyra.errors import UserError
     from lyra.models.context_parallel import context_parallel
-
-    try:
-        with context_parallel() as group:
-            return serve(arguments, group)
-    except UserError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-
-
-def serve(arguments: Arguments, group: ContextParallelGroup) -> int:
-    """Serve the app or, under torchrun, be one of the processes that help its model."""
     from lyra.pipeline import LyraPipeline
     from lyra.ui.app import LAUNCH, build_app
 
-    name = arguments.model
-    if group.is_worker:
-        LyraPipeline.serve(name, group)
-        return 0
+    name, load, worlds = arguments.model, arguments.load, arguments.worlds
+    where: dict[str, Any] = {"server_name": arguments.host, "server_port": arguments.port, "share": arguments.share}
     try:
-        app = build_app(lambda: LyraPipeline.from_pretrained(name, group=group), arguments.worlds, name)
-        _, local, shared = app.launch(
-            server_name=arguments.host,
-            server_port=arguments.port,
-            share=arguments.share,
-            quiet=True,
-            prevent_thread_lock=True,
-            **LAUNCH,
-        )
-    except OSError:
-        sys.stderr.write(f"Port {arguments.port} of {arguments.host} is taken or not allowed; choose another --port.\n")
+        if arguments.accept_licence:
+            accept_licences(name)
+        with context_parallel(load.device) as group:
+            if group.is_worker:
+                LyraPipeline.serve(name, group, device=load.device)
+                return 0
+            loader = partial(LyraPipeline.from_pretrained, name, group=group, **load.to_json())
+            local_only = arguments.host in ("127.0.0.1", "localhost", "::1") and "SPACE_ID" not in os.environ
+            own = local_only and not arguments.share
+            app = build_app(loader, worlds, name, visitors_accept=own)
+            try:
+                _, local, shared = app.launch(quiet=True, prevent_thread_lock=True, **where, **LAUNCH)
+            except OSError:
+                at = f"Port {arguments.port} of {arguments.host}"
+                raise UserError(f"{at} is taken or not allowed; choose another --port.") from None
+            sys.stdout.write(f"Lyra is ready at {shared or local}\n")
+            sys.stdout.flush()
+            app.block_thread()
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
         return 2
-    sys.stdout.write(f"Lyra is ready at {shared or local}\n")
-    sys.stdout.flush()
-    app.block_thread()
     return 0
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    sys.exit(main(tyro.cli(Arguments)))
+    sys.exit(main(tyro.cli(Arguments, config=(tyro.conf.OmitArgPrefixes,))))

@@ -9,13 +9,13 @@ import logging
 import os
 import shutil
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from lyra.config import GenerateJob
+from lyra.config import GenerateJob, LoadOptions, read_json_file
 from lyra.errors import UserError
 from lyra.progress import Cancelled, Progress, Status
 
@@ -42,16 +42,7 @@ class Generate:
     """A job JSON or run.json whose settings are used where the command line gives none."""
     resume: bool = False
     """Go on with the job of the folder's run.json."""
-    device: str | None = None
-    """cpu or cuda; by default cuda where there is one."""
-    weights: Literal["bf16", "fp8", "nf4", "fp32"] | None = None
-    """Number format of the transformer's weights; with --offload, the best that fits by default."""
-    offload: Literal["none", "model", "group"] | None = None
-    """none: all networks stay on the GPU; model: one at a time; group: the transformer's blocks are streamed."""
-    decode: Literal["streamed", "tiled"] | None = None
-    """streamed: whole frames, latent by latent; tiled: in less memory, with seams of the tiles blended."""
-    fuse_loras: bool = False
-    """Add LoRAs (also the 4-step sampler's) to the weights: faster, for as much host memory as the weights take."""
+    load: LoadOptions = field(default_factory=LoadOptions)
     accept_licence: bool = False
     """Accept the licence of gated weights, which is printed; remembered with the date."""
 
@@ -60,19 +51,16 @@ class Generate:
         from lyra.models.context_parallel import context_parallel
         from lyra.pipeline import LyraPipeline
 
-        job = GenerateJob(**{field.name: getattr(self.options, field.name) for field in fields(GenerateJob)})
+        job = GenerateJob(**{f.name: getattr(self.options, f.name) for f in fields(GenerateJob)})
         if not job.photo:
             raise UserError("No photo is given; write its path after `generate`, or use --job FILE or --resume.")
-        how: dict[str, Any] = {name: getattr(self, name) for name in ("device", "weights", "offload", "decode")}
         progress = Progress(listener=print_status)
         if self.accept_licence:
             accept_licences(job.model, progress)
-        with context_parallel(self.device) as group:
+        with context_parallel(self.load.device) as group:
             if group.is_worker:
-                return LyraPipeline.serve(job.model, group, **how)
-            pipeline = LyraPipeline.from_pretrained(
-                job.model, progress=progress, group=group, fuse_loras=self.fuse_loras, **how
-            )
+                return LyraPipeline.serve(job.model, group, device=self.load.device)
+            pipeline = LyraPipeline.from_pretrained(job.model, progress=progress, group=group, **self.load.to_json())
             world = pipeline.generate(job, self.out, progress)
         note = world.run.get("path_note")
         finish_line(f"{world.video_path} is finished." + (f" {note}" if note else ""))
@@ -183,17 +171,21 @@ def parse(arguments: list[str]) -> Command:
     Raises:
         UserError: the job file cannot be used, or an option's value is out of range.
     """
-    defaults = saved_job(arguments)
+    options, load = saved_job(arguments)
     annotated = tyro.extras.subcommand_type_from_defaults(
-        {"generate": Generate(options=defaults, out=tyro.MISSING)}, prefix_names=False
+        {"generate": Generate(options=options, out=tyro.MISSING, load=load)}, prefix_names=False
     )
     # The union is made when the program runs, because the saved job's values are its defaults.
     commands: Any = Annotated[annotated, tyro.conf.OmitSubcommandPrefixes] | Reconstruct | Export | Convert | Doctor  # type: ignore[valid-type]
     return tyro.cli(commands, args=arguments, prog="lyra", config=(tyro.conf.OmitArgPrefixes,))
 
 
-def saved_job(arguments: list[str]) -> JobOptions:
-    """The job that --job or --resume names, before the other options are applied."""
+def saved_job(arguments: list[str]) -> tuple[JobOptions, LoadOptions]:
+    """The job that --job or --resume names, before the other options are applied, and how its model was placed.
+
+    A job of a file leaves the placement to the machine; one that is resumed goes on as it was, because other number
+    formats would make other frames.
+    """
 
     def value_of(option: str) -> str | None:
         for index, argument in enumerate(arguments):
@@ -203,20 +195,23 @@ def saved_job(arguments: list[str]) -> JobOptions:
                 return argument.split("=", 1)[1]
         return None
 
-    path = value_of("--job")
+    path, load = value_of("--job"), LoadOptions()
     out = value_of("--out")
     if path is None and "--resume" in arguments and out is not None:
         path = str(Path(out) / "run.json")
         if not Path(path).exists():
             raise UserError(f"{out} has no run.json to resume; give the photo instead of --resume.")
+        load = LoadOptions.from_json(read_json_file(Path(path)).get("placement"))
     if path is None:
-        return JobOptions()
+        return JobOptions(), load
     job = GenerateJob.load(Path(path))
-    return JobOptions(**job.to_json())
+    return JobOptions(**job.to_json()), load
 
 
-def accept_licences(model: str, progress: Progress) -> None:
+def accept_licences(model: str, progress: Progress | None = None) -> None:
     """Find a model, showing and accepting each gated licence that it asks for.
+
+    Of several processes that torchrun started the first does so, before they meet.
 
     Raises:
         UserError: there is no such model, or this deployment has switched gated models off.
@@ -224,9 +219,11 @@ def accept_licences(model: str, progress: Progress) -> None:
     from lyra.hub import find_model
     from lyra.licences import LicenceNeeded, accept, notice
 
+    if os.environ.get("RANK", "0") != "0":
+        return
     while True:
         try:
-            find_model(model, progress=progress)
+            find_model(model, progress=progress or Progress(listener=print_status))
             return
         except LicenceNeeded as needed:
             finish_line(notice(needed.licences), sys.stderr)

@@ -26,6 +26,32 @@ MAX_CHUNKS = 6
 
 
 @dataclass(frozen=True)
+class LoadOptions:
+    """How a model is put on a machine; none of it changes what the model is asked for."""
+
+    device: str | None = None
+    """cpu or cuda; by default cuda where there is one."""
+    weights: Literal["bf16", "fp8", "nf4", "fp32"] | None = None
+    """Number format of the transformer's weights; with --offload, the best that fits by default."""
+    offload: Literal["none", "model", "group"] | None = None
+    """none: all networks stay on the GPU; model: one at a time; group: the transformer's blocks are streamed."""
+    decode: Literal["streamed", "tiled"] | None = None
+    """streamed: whole frames, latent by latent; tiled: in less memory, with seams of the tiles blended."""
+    fuse_loras: bool = False
+    """Add LoRAs (also the 4-step sampler's) to the weights: faster, for as much host memory as the weights take."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, ready for json.dump; they are also the keyword arguments of `LyraPipeline.from_pretrained`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Any) -> LoadOptions:
+        """Options from `to_json`'s values; what is not known is left to the machine."""
+        given = values if isinstance(values, dict) else {}
+        return cls(**{f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given})
+
+
+@dataclass(frozen=True)
 class GenerateJob:
     """One walkthrough: everything that decides its bytes, apart from the weights and the device."""
 
@@ -150,17 +176,25 @@ class GenerateJob:
         Raises:
             UserError: the file cannot be read or is not a job.
         """
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(
-                f"The job file {path} cannot be read as JSON ({error}); check its path and content."
-            ) from error
-        if isinstance(values, dict) and isinstance(values.get("job"), dict):
+        values = read_json_file(path)
+        if isinstance(values.get("job"), dict):
             values = values["job"]
-        if not isinstance(values, dict):
-            raise UserError(f"The job file {path} holds no JSON object; save one from a run.json or with to_json().")
         return cls.from_json(values)
+
+
+def read_json_file(path: Path) -> dict[str, Any]:
+    """The object in a job JSON or run.json.
+
+    Raises:
+        UserError: the file cannot be read or holds no object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"The job file {path} cannot be read as JSON ({error}); check its path and content.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"The job file {path} holds no JSON object; save one from a run.json or with to_json().")
+    return values
 
 
 @dataclass(frozen=True)

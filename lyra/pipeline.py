@@ -9,6 +9,7 @@ import logging
 import platform
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -19,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from lyra import __version__
-from lyra.config import CHUNK_FRAMES, GenerateJob
+from lyra.config import CHUNK_FRAMES, GenerateJob, LoadOptions
 from lyra.depth.base import intrinsics_from_fov
 from lyra.device import choose_device, peak_memory_gib
 from lyra.errors import UserError
@@ -92,8 +93,11 @@ class PlannedPath:
 class LyraPipeline:
     """One photo in, a world out."""
 
-    def __init__(self, model: LoadedModel, source: ModelSource, placement: Placement) -> None:
+    def __init__(
+        self, model: LoadedModel, source: ModelSource, placement: Placement, *, fuse_loras: bool = False
+    ) -> None:
         self.parts, self.depth, self.source, self.placement = model.parts, model.depth, source, placement
+        self.fuse_loras = fuse_loras
         self._captioners: dict[str, VisionLanguageCaptioner] = {}
         # Networks that come and go must not do so under another thread's hands; resident ones are only read.
         self._turn: AbstractContextManager[Any] = nullcontext() if placement.offload == "none" else RLock()
@@ -131,18 +135,11 @@ class LyraPipeline:
             lambda: choose_placement(source, device=device, weights=weights, offload=offload, decode=decode)
         )
         with memory_explained(placement):
-            return cls(load_components(source, placement, group, fuse_loras=fuse_loras), source, placement)
+            model = load_components(source, placement, group, fuse_loras=fuse_loras)
+            return cls(model, source, placement, fuse_loras=fuse_loras)
 
     @staticmethod
-    def serve(
-        name: str,
-        group: ContextParallelGroup,
-        *,
-        device: str | None = None,
-        weights: str | None = None,
-        offload: str | None = None,
-        decode: str | None = None,
-    ) -> None:
+    def serve(name: str, group: ContextParallelGroup, *, device: str | None = None) -> None:
         """Be one of several processes that share the transformer's work, until the first one is done.
 
         Raises:
@@ -280,9 +277,8 @@ class LyraPipeline:
             with self._turn:
                 self.parts.encode_text(sorted(set(captions.values())))
         photo = to_uint8(seen.image)
-        key = content_key(
-            self.parts.settings.name, weights_hash(self.source.folder), self.placement.numbers, photo.numpy().tobytes()
-        )
+        numbers = self.placement.numbers + (", fused" if self.fuse_loras else "")
+        key = content_key(self.parts.settings.name, weights_hash(self.source.folder), numbers, photo.numpy().tobytes())
         for chunk in range(walked.leg.chunks):
             progress.chunk = before + chunk
             prompt = caption_of_chunk(captions, chunk)
@@ -337,6 +333,12 @@ class LyraPipeline:
         """
         return reconstruct(world, progress)
 
+    @property
+    def load_options(self) -> LoadOptions:
+        """The options that place the model on this machine as it is placed now."""
+        p = self.placement
+        return LoadOptions(p.torch_device.type, p.weights, p.offload, p.decode, self.fuse_loras)  # type: ignore[arg-type]
+
     def generation_size(self, height: int, width: int) -> tuple[int, int]:
         """Size at which the network works for an output size; a portrait photo swaps the sides."""
         settings = self.parts.settings
@@ -356,7 +358,8 @@ class LyraPipeline:
             "model": {
                 "name": self.parts.settings.name,
                 "licence": self.parts.settings.licence,
-                "licences": {part: licence.id for part, licence in self.source.licences.items()},
+                "licences": {part: licence.id for part, licence in self.source.licences.items()}
+                | ({"captioner": f"as the model card of {job.captioner} says"} if job.captioner else {}),
                 "accepted": {
                     given.licence: given.date
                     for licence in dict.fromkeys(self.source.licences.values())
@@ -366,9 +369,13 @@ class LyraPipeline:
                 "weights_sha256": weights_hash(self.source.folder),
             },
             "path_note": planned.report.reason,
-            "versions": {"lyra": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "versions": {
+                "lyra": __version__,
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("torch", "diffusers", "transformers", "numba")},
+            },
             "device": str(self.placement.torch_device),
-            "placement": self.placement.options,
+            "placement": self.load_options.to_json(),
             "stage_seconds": {name: round(seconds, 2) for name, seconds in progress.stage_seconds.items()},
             "peak_memory_gib": round(peak_memory_gib(), 2),
         }

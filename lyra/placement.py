@@ -281,7 +281,8 @@ def choose_placement(
 ) -> Placement:
     """The best placement of a model on this machine, or the one that the settings name.
 
-    A small model stays on the device, in float32 on the CPU and bf16 on a GPU, unless the settings say otherwise.
+    A small model stays on the device, in bf16 on a GPU that calculates in it and in float32 elsewhere, unless the
+    settings say otherwise.
 
     Raises:
         UserError: the device is not there, a setting does not exist, or the model does not fit.
@@ -295,7 +296,7 @@ def choose_placement(
     check_names(weights, offload, decode)
     if weights == "nf4" and chosen.type != "cuda":
         raise UserError("4-bit weights are made on a CUDA GPU; leave --weights out or choose another format.")
-    default = "fp32" if chosen.type == "cpu" else "bf16"
+    default = "fp32" if chosen.type == "cpu" or machine.compute_capability < CAPABILITY else "bf16"
     settings: Any = {"weights": weights or default, "offload": offload or "none", "decode": decode or "streamed"}
     placement = replace(Placement(device=str(chosen), released=released), **settings)
     missing = [name for name in placement.packages if name not in machine.packages]

@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from lyra.cli import parse
+from lyra.config import GenerateJob, LoadOptions
 from lyra.export.ply import read_splat_ply
 from tests.conftest import DEFAULT_PHOTO, ROOT
 
@@ -114,6 +117,18 @@ def test_mistakes_get_one_sentence(tmp_path):
     assert_one_sentence(lyra("generate", PHOTO, "--model", "other", "--out", tmp_path / "w"), "lyra-tiny")
     assert_one_sentence(lyra("generate", "--out", tmp_path / "w"), "photo")
     assert_one_sentence(lyra("generate", "--out", tmp_path / "w", "--resume"), "run.json")
+
+
+def test_a_resumed_job_keeps_its_number_formats_unless_others_are_given(tmp_path):
+    job = GenerateJob(photo="photo.jpg", seed=3)
+    placed = LoadOptions("cuda", "fp8", "group", "tiled", fuse_loras=False)
+    (tmp_path / "run.json").write_text(json.dumps({"job": job.to_json(), "placement": placed.to_json()}))
+    resumed = parse(["generate", "--resume", "--out", str(tmp_path)])
+    assert resumed.load == placed and resumed.options.seed == 3
+    other = parse(["generate", "--resume", "--out", str(tmp_path), "--weights", "bf16", "--fuse-loras"])
+    assert other.load == replace(placed, weights="bf16", fuse_loras=True)
+    fresh = parse(["generate", "--job", str(tmp_path / "run.json"), "--out", str(tmp_path / "other")])
+    assert fresh.load == LoadOptions() and fresh.options.seed == 3
     assert_one_sentence(lyra("reconstruct", tmp_path / "w"), "generate")
     assert_one_sentence(lyra("export", tmp_path), "generate")
 

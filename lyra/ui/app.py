@@ -46,13 +46,20 @@ LAUNCH: dict[str, Any] = {
 """Options of `launch` that belong to the app and not to where it runs."""
 
 
-def build_app(pipeline_loader: Callable[[], LyraPipeline], worlds_root: Path, model: str = DEFAULT_MODEL) -> gr.Blocks:
+def build_app(
+    pipeline_loader: Callable[[], LyraPipeline],
+    worlds_root: Path,
+    model: str = DEFAULT_MODEL,
+    *,
+    visitors_accept: bool = True,
+) -> gr.Blocks:
     """The page, its events and its HTTP API.
 
     Args:
         pipeline_loader: makes the pipeline; called once, in the background, so that the page answers at once.
         worlds_root: folder in which each session's worlds are kept; sessions that have expired are deleted from it.
         model: name or folder of the model that the loader loads; its licences are asked for on the page.
+        visitors_accept: whoever opens the page may accept them; False where strangers can open it.
 
     Raises:
         UserError: there is no such model.
@@ -68,7 +75,7 @@ def build_app(pipeline_loader: Callable[[], LyraPipeline], worlds_root: Path, mo
         gr.HTML(header(settings, shipped=model in shipped_models()), elem_classes=["lyra-header", "lyra-flat"])
         with gr.Row(elem_classes="lyra-columns"):
             with gr.Column(scale=2, min_width=340):
-                licence = build_licence_gate(settings.name, licences)
+                licence = build_licence_gate(settings.name, licences, visitors_accept=visitors_accept)
                 with gr.Tabs() as tabs:
                     photo, camera = build_photo_tab(examples), build_camera_tab()
                     video, world = build_video_tab(settings), build_world_tab()

@@ -13,6 +13,10 @@ import gradio as gr
 
 from lyra.licences import Licence, accepted, gated_models_allowed
 
+OPERATOR_FIRST = (
+    "The licence of this model is not accepted yet, and only whoever runs this server can accept it: start it again "
+    "with --accept-licence."
+)
 ACCEPT_FIRST = "Accept the licence of this model first, in the panel above the tabs; then choose the photo again."
 SWITCHED_OFF = (
     "This model is switched off here because of its licence; use lyra-tiny, or run the program yourself where the "
@@ -31,6 +35,8 @@ class LicenceGate:
     """Why the acceptance did not work, or that the model is being loaded."""
     licences: tuple[Licence, ...]
     """What has to be accepted; none for most models."""
+    visitors_accept: bool
+    """Visitors of the page are whoever runs the server, as on a laptop; strangers cannot accept in somebody's name."""
 
     @property
     def reason(self) -> str | None:
@@ -42,10 +48,12 @@ class LicenceGate:
             return None
         if not gated_models_allowed():
             return SWITCHED_OFF
-        return ACCEPT_FIRST if any(accepted(licence) is None for licence in self.licences) else None
+        if all(accepted(licence) is not None for licence in self.licences):
+            return None
+        return ACCEPT_FIRST if self.visitors_accept else OPERATOR_FIRST
 
 
-def build_licence_gate(model: str, parts: Mapping[str, Licence]) -> LicenceGate:
+def build_licence_gate(model: str, parts: Mapping[str, Licence], *, visitors_accept: bool = True) -> LicenceGate:
     """Lay out the panel.
 
     It is hidden at first and shown when the page has loaded and the licence still waits, because the layout is the same
@@ -54,19 +62,20 @@ def build_licence_gate(model: str, parts: Mapping[str, Licence]) -> LicenceGate:
     Args:
         model: the model's name, as people know it.
         parts: licence of each of its parts.
+        visitors_accept: see `LicenceGate.visitors_accept`.
     """
     gated = gated_licences(parts)
     with gr.Column(visible=False, elem_id="lyra-licence") as panel:
         # A model without gated parts has no panel, so its text is not even sent.
-        gr.HTML(panel_text(model, parts) if gated else "", elem_classes="lyra-flat")
+        gr.HTML(panel_text(model, parts, visitors_accept=visitors_accept) if gated else "", elem_classes="lyra-flat")
         agree = gr.Checkbox(
             label=f"I have read the {'licence' if len(gated) == 1 else 'licences'} and accept",
-            interactive=gated_models_allowed(),
+            interactive=visitors_accept and gated_models_allowed(),
             container=False,
             elem_id="lyra-licence-agree",
         )
     note = gr.HTML(visible=False, elem_classes="lyra-flat", elem_id="lyra-model-note")
-    return LicenceGate(panel, agree, note, gated)
+    return LicenceGate(panel, agree, note, gated, visitors_accept)
 
 
 def gated_licences(parts: Mapping[str, Licence]) -> tuple[Licence, ...]:
@@ -74,11 +83,13 @@ def gated_licences(parts: Mapping[str, Licence]) -> tuple[Licence, ...]:
     return tuple(dict.fromkeys(licence for licence in parts.values() if licence.gated))
 
 
-def panel_text(model: str, parts: Mapping[str, Licence]) -> str:
+def panel_text(model: str, parts: Mapping[str, Licence], *, visitors_accept: bool = True) -> str:
     """What is asked, what the gated licences forbid, and which licence each part has, as HTML."""
     gated = gated_licences(parts)
     title = f"{model}: accept its {'licence' if len(gated) == 1 else 'licences'} first"
     text = "Nothing is downloaded or loaded before you accept."
+    if not visitors_accept:
+        title, text = f"{model} is not available yet", OPERATOR_FIRST
     if not gated_models_allowed():
         title, text = f"{model} is not available here", SWITCHED_OFF
     terms = "".join(f"<p>The {_link(licence)} forbids {escape(licence.forbids)}.</p>" for licence in gated)

@@ -17,7 +17,7 @@ from lyra.serving.jobs import JobStatus
 from lyra.serving.studio import JobKind
 from lyra.ui.examples import Example
 from lyra.ui.handlers import Handlers, PathChoice, PhotoView, VideoChoice, attempt, published
-from lyra.ui.licence_gate import LicenceGate
+from lyra.ui.licence_gate import OPERATOR_FIRST, LicenceGate
 from lyra.ui.stages import message, stage_list
 from lyra.ui.tab_camera import CameraTab, chooses_chunks, path_in_words
 from lyra.ui.tab_photo import PhotoTab
@@ -55,6 +55,9 @@ class Page:
         gate = self.licence
         if not agreed:
             return {gate.note: gr.skip()}
+        if not gate.visitors_accept:
+            # The box is greyed out, but whoever speaks to the server without the page is not held by that.
+            return {gate.agree: False} | shown(gate.note, message(OPERATOR_FIRST, "error"))
         _, error = attempt(self.handlers.accept_licences, gate.licences)
         if error is not None:
             return {gate.agree: False} | shown(gate.note, message(error, "error"))

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
@@ -23,7 +24,8 @@ from lyra.serving.studio import Studio
 from lyra.trajectory.gui_path import write_gui_path
 from lyra.trajectory.presets import preset_cameras
 from lyra.ui.handlers import Handlers
-from lyra.ui.licence_gate import ACCEPT_FIRST, SWITCHED_OFF, LicenceGate, build_licence_gate, panel_text
+from lyra.ui.licence_gate import ACCEPT_FIRST, OPERATOR_FIRST, SWITCHED_OFF, LicenceGate, build_licence_gate, panel_text
+from lyra.ui.wiring import Page as Page_of_the_app
 from tests.conftest import DEFAULT_PHOTO
 from tests.ui.visit import Visit, served_process
 
@@ -39,9 +41,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "config"
 
 
-def gate_of(model: str) -> LicenceGate:
+def gate_of(model: str, *, visitors_accept: bool = True) -> LicenceGate:
     with gr.Blocks():
-        return build_licence_gate(model, licences_of(model))
+        return build_licence_gate(model, licences_of(model), visitors_accept=visitors_accept)
 
 
 @pytest.fixture
@@ -89,6 +91,20 @@ def test_the_gate_opens_with_the_acceptance_and_only_then(
     monkeypatch.setenv("LYRA_NO_GATED_MODELS", "1")
     assert gate.reason == SWITCHED_OFF
     assert not gate_of(str(released_repository)).agree.interactive
+
+
+def test_where_strangers_visit_only_the_operator_can_accept(
+    config: Path, handlers: Handlers, released_repository: Path
+) -> None:
+    gate = gate_of(str(released_repository), visitors_accept=False)
+    assert gate.reason == OPERATOR_FIRST and not gate.agree.interactive
+    # Whoever speaks to the server without the page can send a tick all the same.
+    page = SimpleNamespace(licence=gate, handlers=handlers)
+    updates = Page_of_the_app.accept_licence(page, True)  # type: ignore[arg-type]
+    assert updates[gate.agree] is False and OPERATOR_FIRST in str(updates[gate.note])
+    assert accepted(NVIDIA_RESEARCH) is None
+    accept(NVIDIA_RESEARCH, "command line")
+    assert gate.reason is None
 
 
 def test_nothing_is_loaded_before_the_acceptance_and_the_model_after_it(config: Path, handlers: Handlers) -> None:
@@ -247,6 +263,24 @@ class TestInTheBrowser:
         visit.button("Lift to splats").click()
         assert visit.viewer("splats")["splats"] > 1000
         assert visit.errors == []
+
+    def test_on_a_page_for_others_the_box_is_off_until_the_operator_has_accepted(
+        self, tmp_path: Path, released_repository: Path, browser_page: Callable[..., Page], patience: None
+    ) -> None:
+        # On a Space the page is everybody's, whatever address the program listens on.
+        environment = {"LYRA_CONFIG_DIR": str(tmp_path / "config"), "LYRA_ACCEPT_LICENCE": "", "SPACE_ID": "a/lab"}
+        options = ("--model", str(released_repository), "--host", "127.0.0.1")
+        with served_process(tmp_path, *options, environment=environment) as url:
+            visit = Visit(browser_page(viewport={"width": 1280, "height": 1000}), url)
+            expect(panel(visit)).to_contain_text("only whoever runs this server can accept it")
+            expect(panel(visit).get_by_role("checkbox")).to_be_disabled()
+            visit.page.context.close()
+        with served_process(tmp_path, *options, "--accept-licence", environment=environment) as url:
+            visit = Visit(browser_page(viewport={"width": 1280, "height": 1000}), url)
+            visit.choose_example(2)
+            expect(visit.tab("2 Camera")).to_be_enabled()
+            expect(panel(visit)).to_be_hidden()
+            visit.page.context.close()
 
     def test_where_gated_models_are_switched_off_the_box_is_too(
         self, tmp_path: Path, released_repository: Path, browser_page: Callable[..., Page], patience: None
