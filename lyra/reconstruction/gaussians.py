@@ -15,9 +15,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from lyra.errors import UserError
+from lyra.generation.walkthrough import from_uint8
 from lyra.geometry.cameras import unproject
 from lyra.geometry.resample import Surface, draw_surface, enlarge_depth, make_surface
 from lyra.geometry.rotations import matrix_to_quaternion
+from lyra.reconstruction.base import Check, Reconstruction, Walkthrough
 from lyra.types import Cameras, GaussianScene
 
 BLOCK = 2
@@ -34,6 +37,8 @@ SKY_DISTANCE = 6.0
 """Sky is placed at this many times the 90 % quantile of the other depths."""
 SH_C0 = 0.28209479177387814
 """Spherical harmonic of degree 0."""
+LIFT_INTERVAL = 8
+"""Every n-th frame whose depth was measured is lifted, besides the photo and the last one."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,36 @@ class LiftedFrame:
     """z depth at the image's size."""
     w2c: Float[Tensor, "4 4"]
     intrinsics: Float[Tensor, "3 3"]
+
+
+@dataclass(frozen=True)
+class GeometricLift:
+    """The lift without a network behind the protocol `Reconstructor`; it needs cameras and measured depth."""
+
+    interval: int = LIFT_INTERVAL
+
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise UserError(f"Every {self.interval}-th frame cannot be lifted; choose an interval of 1 or more.")
+
+    def reconstruct(self, walkthrough: Walkthrough, check: Check) -> Reconstruction:
+        """Lift the photo, every n-th measured frame and the last one; `check(done, all)` is called after each frame.
+
+        Raises:
+            UserError: the walkthrough has no cameras, or no depth of its photo.
+        """
+        if walkthrough.cameras is None:
+            raise UserError(
+                "Without a network splats need the cameras of the video; estimate them, or lift with Depth Anything 3."
+            )
+        if 0 not in walkthrough.depths:
+            raise UserError("The depth of this video's first frame is missing; generate the walkthrough again.")
+        last = len(walkthrough.frames) - 1
+        chosen = sorted(i for i in walkthrough.depths if i % self.interval == 0 or i == last)
+        cameras = walkthrough.cameras.to(torch.device("cpu"))
+        images = {i: from_uint8(walkthrough.frames[i].cpu()) for i in chosen}
+        scene = lift(lifted_frames(images, {i: walkthrough.depths[i].cpu() for i in chosen}, cameras), check)
+        return Reconstruction(scene, cameras[chosen], tuple(chosen))
 
 
 def lift(frames: Sequence[LiftedFrame], check: Callable[[int, int], None]) -> GaussianScene:
@@ -61,10 +96,13 @@ def lift(frames: Sequence[LiftedFrame], check: Callable[[int, int], None]) -> Ga
     surfaces: list[Surface] = []
     parts: list[GaussianScene] = []
     for index, frame in enumerate(frames):
-        depth = frame.depth.clamp(max=sky_depth)
-        fresh = new_pixels(surfaces, depth, frame)
+        # NaN and what is not in front of the camera say nothing; infinity is as far as the sky.
+        known = frame.depth > 0
+        depth = torch.where(known, frame.depth, sky_depth).clamp(max=sky_depth)
+        fresh = new_pixels(surfaces, depth, frame) & known
         parts.append(lift_frame(frame, depth, fresh))
-        surfaces.append(make_surface(depth, frame.w2c, frame.intrinsics))
+        # Unknown pixels tear the surface, or they would hide what later frames know there.
+        surfaces.append(make_surface(torch.where(known, depth, -1.0), frame.w2c, frame.intrinsics))
         check(index + 1, len(frames))
     return join_scenes(parts)
 
