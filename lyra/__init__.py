@@ -13,10 +13,13 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "LyraPipeline": "lyra.pipeline",
     "GenerateJob": "lyra.config",
+    "ReconstructJob": "lyra.config",
+    "MeshJob": "lyra.config",
     "World": "lyra.world",
     "Cameras": "lyra.types",
     "DepthMap": "lyra.types",
     "GaussianScene": "lyra.types",
+    "TriangleMesh": "lyra.types",
     "UserError": "lyra.errors",
 }
 __all__ = ["__version__", *_PUBLIC]

@@ -1,4 +1,4 @@
-"""The command line: `python -m lyra generate | reconstruct | export | convert | doctor`.
+"""The command line: `python -m lyra generate | reconstruct | mesh | export | convert | doctor`.
 
 Parses, prints progress and turns a user's mistakes into one line and an exit code; all work is the pipeline's.
 """
@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from lyra.config import GenerateJob, LoadOptions, read_json_file
+from lyra.config import FormatName, GenerateJob, LoadOptions, MeshJob, ReconstructJob, read_json_file
 from lyra.errors import UserError
 from lyra.progress import Cancelled, Progress, Status
 
@@ -48,6 +48,7 @@ class Generate:
 
     def run(self) -> None:
         """Generate; under torchrun, the first process does so and the others help it."""
+        from lyra.hub import find_depth
         from lyra.models.context_parallel import context_parallel
         from lyra.pipeline import LyraPipeline
 
@@ -57,6 +58,8 @@ class Generate:
         progress = Progress(listener=print_status)
         if self.accept_licence:
             accept_licences(job.model, progress)
+            if self.load.depth is not None:
+                accept_licences(self.load.depth, progress, find=find_depth)
         with context_parallel(self.load.device) as group:
             if group.is_worker:
                 return LyraPipeline.serve(job.model, group, device=self.load.device)
@@ -68,43 +71,65 @@ class Generate:
 
 @dataclass(frozen=True)
 class Reconstruct:
-    """Lift a world's walkthrough to Gaussian splats (scene.ply)."""
+    """Lift a world's walkthrough to Gaussian splats (scene.ply, scene.spz)."""
 
     world: tyro.conf.Positional[Path]
+    job: ReconstructJob = field(default_factory=ReconstructJob)
+    load: LoadOptions = field(default_factory=LoadOptions)
+    accept_licence: bool = False
+    """Accept the licence of gated weights, which is printed; remembered with the date."""
 
     def run(self) -> None:
         """Reconstruct."""
-        from lyra.pipeline import reconstruct
+        from lyra.hub import find_depth
+        from lyra.lifting import reconstruct
+        from lyra.reconstructors import reconstructor_for, resolve
+        from lyra.world import World
+
+        world, progress = World.open(self.world), Progress(listener=print_status)
+        if self.accept_licence and self.job.model is not None:
+            accept_licences(self.job.model, progress, find=find_depth)
+        job = resolve(world, self.job)
+        scene = reconstruct(world, job, reconstructor_for(world, job, self.load, progress), progress)
+        note = world.run["reconstruct"].get("pose_note")
+        finish_line(f"{world.scene_path} has {len(scene):,} splats." + (f" {note}" if note else ""))
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Make a coloured surface (mesh.glb) and a collider (collider.obj) of a world's splats."""
+
+    world: tyro.conf.Positional[Path]
+    job: MeshJob = field(default_factory=MeshJob)
+
+    def run(self) -> None:
+        """Mesh."""
+        from lyra.lifting import mesh
         from lyra.world import World
 
         world = World.open(self.world)
-        scene = reconstruct(world, Progress(listener=print_status))
-        finish_line(f"{world.scene_path} has {len(scene):,} splats.")
+        surface = mesh(world, self.job, Progress(listener=print_status))
+        collider = world.run["mesh"]["collider_triangles"]
+        finish_line(f"{world.mesh_path} has {len(surface.faces):,} triangles, {world.collider_path} {collider:,}.")
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write a world's splats in other formats into its exports folder."""
+    """Write a world in other formats into its exports folder."""
 
     world: tyro.conf.Positional[Path]
-    formats: tuple[Literal["ply"], ...] = ("ply",)
-    """ply: INRIA layout, read by splat viewers and editors."""
+    formats: tuple[FormatName, ...] = ("ply", "spz", "glb", "usd")
+    """ply, spz, splat, glb-splats: splats; glb, obj: surface; usd, usdz: splats, collider and physics for simulators;
+    colmap, nerfstudio: frames for trainers; frames: the frames, cameras and depth as a dataset."""
 
     def run(self) -> None:
         """Export."""
-        from lyra.generation.chunk_store import writing_to
+        from lyra.exporting import export
         from lyra.world import World
 
-        world = World.open(self.world)
-        if not world.scene_path.exists():
-            raise UserError(f"{self.world} has no splats yet; run `python -m lyra reconstruct {self.world}` first.")
-        folder = world.folder / "exports"
-        with writing_to(folder):
-            folder.mkdir(exist_ok=True)
-            for name in self.formats:
-                target = folder / f"scene.{name}"
-                shutil.copyfile(world.scene_path, target)
-                finish_line(f"{target} is {target.stat().st_size / 1e6:.1f} MB.")
+        for path in export(World.open(self.world), self.formats, Progress(listener=print_status)):
+            files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+            finish_line(f"{path} is {sum(file.stat().st_size for file in files) / 1e6:.1f} MB.")
 
 
 @dataclass(frozen=True)
@@ -143,7 +168,7 @@ class Doctor:
         print(report())
 
 
-Command = Generate | Reconstruct | Export | Convert | Doctor
+Command = Generate | Reconstruct | Mesh | Export | Convert | Doctor
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -176,7 +201,8 @@ def parse(arguments: list[str]) -> Command:
         {"generate": Generate(options=options, out=tyro.MISSING, load=load)}, prefix_names=False
     )
     # The union is made when the program runs, because the saved job's values are its defaults.
-    commands: Any = Annotated[annotated, tyro.conf.OmitSubcommandPrefixes] | Reconstruct | Export | Convert | Doctor  # type: ignore[valid-type]
+    generate: Any = Annotated[annotated, tyro.conf.OmitSubcommandPrefixes]
+    commands: Any = generate | Reconstruct | Mesh | Export | Convert | Doctor
     return tyro.cli(commands, args=arguments, prog="lyra", config=(tyro.conf.OmitArgPrefixes,))
 
 
@@ -208,7 +234,7 @@ def saved_job(arguments: list[str]) -> tuple[JobOptions, LoadOptions]:
     return JobOptions(**job.to_json()), load
 
 
-def accept_licences(model: str, progress: Progress | None = None) -> None:
+def accept_licences(model: str, progress: Progress | None = None, *, find: Callable[..., object] | None = None) -> None:
     """Find a model, showing and accepting each gated licence that it asks for.
 
     Of several processes that torchrun started the first does so, before they meet.
@@ -219,11 +245,13 @@ def accept_licences(model: str, progress: Progress | None = None) -> None:
     from lyra.hub import find_model
     from lyra.licences import LicenceNeeded, accept, notice
 
+    find = find or find_model
+
     if os.environ.get("RANK", "0") != "0":
         return
     while True:
         try:
-            find_model(model, progress=progress or Progress(listener=print_status))
+            find(model, progress=progress or Progress(listener=print_status))
             return
         except LicenceNeeded as needed:
             finish_line(notice(needed.licences), sys.stderr)

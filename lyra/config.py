@@ -27,8 +27,11 @@ MAX_CHUNKS = 6
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How a model is put on a machine; none of it changes what the model is asked for."""
+    """How a model is put together and on a machine; none of it changes what the model is asked for."""
 
+    depth: str | None = None
+    """Depth network instead of the model's own: da3-small or da3-base (Apache-2.0, downloaded), or a folder of public
+    Depth Anything 3 weights."""
     device: str | None = None
     """cpu or cuda; by default cuda where there is one."""
     weights: Literal["bf16", "fp8", "nf4", "fp32"] | None = None
@@ -180,6 +183,54 @@ class GenerateJob:
         if isinstance(values.get("job"), dict):
             values = values["job"]
         return cls.from_json(values)
+
+
+FormatName = Literal["ply", "spz", "splat", "glb-splats", "glb", "obj", "usd", "usdz", "colmap", "nerfstudio", "frames"]
+"""Formats that a world can be written in; `lyra.exporting` says what each is."""
+
+
+@dataclass(frozen=True)
+class ReconstructJob:
+    """How a walkthrough becomes splats."""
+
+    reconstructor: Literal["geometric", "depth-anything"] | None = None
+    """geometric: discs on the measured depth; depth-anything: the Gaussian head of Depth Anything 3. By default that
+    network where the world's model has it, and geometric elsewhere."""
+    model: str | None = None
+    """The model or folder whose Depth Anything 3 lifts; by default the one that made the world."""
+    poses: Literal["commanded", "estimated"] = "commanded"
+    """commanded: the cameras that the video was asked for; estimated: cameras found in the video itself."""
+    interval: int = 8
+    """The geometric way lifts every n-th frame whose depth was measured, besides the photo and the last one."""
+    chunks: int | None = None
+    """Depth Anything 3 sees a long video in so many overlapping chunks; by default what the length asks for."""
+
+    def __post_init__(self) -> None:
+        if self.reconstructor not in (None, "geometric", "depth-anything"):
+            raise UserError(f"--reconstructor is '{self.reconstructor}'; choose geometric or depth-anything.")
+        if self.poses not in ("commanded", "estimated"):
+            raise UserError(f"--poses is '{self.poses}'; choose commanded or estimated.")
+        if self.interval < 1:
+            raise UserError(f"--interval is {self.interval}; choose a whole number from 1.")
+
+
+@dataclass(frozen=True)
+class MeshJob:
+    """How splats become a surface and a collider."""
+
+    triangles: int = 200_000
+    """Most triangles of the coloured surface."""
+    collider_triangles: int = 20_000
+    """Most triangles of the collider."""
+    voxel: float | None = None
+    """Edge of a voxel near the cameras, in scene units; by default as fine as the video is and memory allows."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("--triangles", self.triangles), ("--collider-triangles", self.collider_triangles)):
+            if not 100 <= value <= 20_000_000:
+                raise UserError(f"{name} is {value}; choose a whole number from 100 to 20,000,000.")
+        if self.voxel is not None and not 1e-4 <= self.voxel <= 100:
+            raise UserError(f"--voxel is {self.voxel}; choose a number from 0.0001 to 100 scene units.")
 
 
 def read_json_file(path: Path) -> dict[str, Any]:

@@ -1,30 +1,26 @@
-"""Where weights are: names of models, the folders that hold them, their licences and hashes, and how they get there.
+"""Where weights are: names of models and of depth networks, the folders that hold them, their licences and hashes.
 
 A model is one that ships with the project, a folder, or a repository on Hugging Face. Gated licences are asked for
-before anything is downloaded or handed on. Knows file names and no network's code: `lyra.loading` opens the files.
+before anything is downloaded or handed on. Knows file names and no network's code: `lyra.hub_files` downloads and
+`lyra.loading` opens the files.
 """
 
 from __future__ import annotations
 
-import errno
-import glob
 import hashlib
+import json
 import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from huggingface_hub import HfApi, constants, errors, get_cached_repo_tree, snapshot_download, try_to_load_from_cache
-
+from lyra import hub_files
 from lyra.config import RELEASED_SETTINGS, ModelSettings
 from lyra.errors import UserError
-from lyra.licences import APACHE_2, RELEASED_PARTS, Licence, by_id, named_in, require
+from lyra.licences import APACHE_2, DEPTH_ANYTHING_3, RELEASED_PARTS, Licence, by_id, named_in, require
 from lyra.progress import Progress
 
 MODELS = Path(__file__).resolve().parent.parent / "assets" / "models"
@@ -62,13 +58,16 @@ WHOLE_HASH_BYTES = 64 * 2**20
 """Larger files are hashed by their size and both ends."""
 EDGE_BYTES = 2**20
 
-Layout = Literal["lyra", "released"]
+DEPTH_ANYTHING_OWNER = "depth-anything"
+"""Owner of the public Depth Anything 3 repositories."""
+DEPTH_ANYTHING_FILES = ("config.json", "model.safetensors")
+"""What such a repository holds; its config.json names the published network as `model_name`."""
+
+Layout = Literal["lyra", "released", "depth-anything"]
 
 _IN_REPOSITORY = tuple(prefix + pattern for pattern in RELEASED_PATTERNS for prefix in ("checkpoints/", ""))
 """Patterns of the released files in a repository that has a `checkpoints` folder or is one."""
-
-_HTTP_ERROR: Any = errors.HfHubHTTPError.__bases__[0]
-"""Base class of the HTTP library's errors, which is httpx or httpx2, depending on the version of huggingface_hub."""
+_RECONSTRUCTION = tuple(f"checkpoints/{path}" for part in ("reconstruction", "sizes") for path in RELEASED_FILES[part])
 
 _REPOSITORY = re.compile(r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[0-9a-f]{40}))?")
 
@@ -80,7 +79,8 @@ class ModelSource:
     name: str
     """As the user named it."""
     folder: Path
-    """Holds lyra.json (layout "lyra"), or `model`, `vae`, `text_encoder` and the others (layout "released")."""
+    """Holds lyra.json (layout "lyra"), or `model`, `vae`, `text_encoder` and the others (layout "released"), or nothing
+    but a public Depth Anything 3 (layout "depth-anything", which only `find_depth` gives)."""
     layout: Layout
     licences: Mapping[str, Licence]
     """Licence of each part; a folder in the "lyra" layout has one for all its weights."""
@@ -117,6 +117,39 @@ def find_model(name: str, *, download: bool = True, progress: Progress | None = 
         f"There is no model '{name}'; choose one of: {shipped}, {RELEASED_MODEL}, or a folder that holds a lyra.json "
         "or NVIDIA's released files."
     )
+
+
+def find_depth(name: str, *, download: bool = True, progress: Progress | None = None) -> ModelSource:
+    """A depth network by name; of a whole model, the source stands for its depth network only, as do its licences.
+
+    Args:
+        name: a public Depth Anything 3 such as `da3-small`, `DA3-BASE` or `depth-anything/DA3-BASE@commit`; a folder
+            with its config.json and model.safetensors; or a model as for `find_model`. Of NVIDIA's repository only the
+            reconstruction network is downloaded; a folder in its layout needs no other file.
+        download: whether a repository that is not there yet may be downloaded.
+        progress: as for `find_model`.
+
+    Raises:
+        UserError: there is no such network, its licence is not accepted or switched off, or the download failed.
+        Cancelled: the user stopped the download.
+    """
+    repository, _, commit = name.partition("@")
+    public, revision = repository.lower().removeprefix(f"{DEPTH_ANYTHING_OWNER}/").upper(), commit or None
+    if public in DEPTH_ANYTHING_3 and re.fullmatch("|[0-9a-f]{40}", commit):
+        repository, parts = f"{DEPTH_ANYTHING_OWNER}/{public}", {"depth": DEPTH_ANYTHING_3[public]}
+        return _fetched_depth(name, repository, DEPTH_ANYTHING_FILES, parts, revision, download, progress)
+    folder = Path(name).expanduser()
+    if name not in shipped_models() and folder.is_dir():
+        return _depth_in_folder(name, folder)
+    if repository.lower() == RELEASED_MODEL.lower() and downloaded(name) is None:
+        parts = {"depth": RELEASED_PARTS["reconstruction"]}
+        return _fetched_depth(name, RELEASED_MODEL, _RECONSTRUCTION, parts, revision, download, progress)
+    if name not in shipped_models() and not _REPOSITORY.fullmatch(name):
+        raise UserError(
+            f"There is no depth network '{name}'; choose da3-small, da3-base, a folder that holds Depth Anything 3's "
+            "config.json and model.safetensors, or a model that has a depth network."
+        )
+    return _depth_of(find_model(name, download=download, progress=progress))
 
 
 def licences_of(name: str) -> Mapping[str, Licence]:
@@ -177,38 +210,7 @@ def tokenizer_folder(model: Path, *, download: bool = True, progress: Progress |
     own = model / "tokenizer"
     if (own / "tokenizer.json").is_file():
         return own
-    return fetch(TOKENIZER, TOKENIZER_FILES, licences=(APACHE_2,), download=download, progress=progress)
-
-
-def fetch(
-    repository: str,
-    patterns: Iterable[str],
-    *,
-    licences: Iterable[Licence],
-    revision: str | None = None,
-    download: bool = True,
-    progress: Progress | None = None,
-) -> Path:
-    """Folder with some files of a Hugging Face repository, from the cache without a request if they are all there.
-
-    Args:
-        repository: its `owner/name`.
-        patterns: shell patterns of paths in it; `*` also matches a slash.
-        licences: licences of these files, required before anything is asked of the network.
-        revision: a commit; the newest one if None.
-        download: whether missing files may be downloaded.
-        progress: as for `find_model`.
-
-    Raises:
-        UserError: a licence is not accepted, the repository cannot be read, or the disk is too small.
-        Cancelled: the user stopped the download.
-    """
-    require(licences)
-    patterns = tuple(patterns)
-    if snapshot := _complete_snapshot(repository, patterns, revision):
-        return snapshot
-    commit, files = _listing(repository, revision, download)
-    return _download(repository, commit, _matching(files, patterns), progress or Progress())
+    return hub_files.fetch(TOKENIZER, TOKENIZER_FILES, licences=(APACHE_2,), download=download, progress=progress)
 
 
 @lru_cache
@@ -300,150 +302,87 @@ def _repository_source(
         require(RELEASED_PARTS.values())
     if snapshot := _model_snapshot(repository, revision):
         return _local_source(name, snapshot, revision=snapshot.name)
-    commit, files = _listing(repository, revision, download)
+    commit, files = hub_files.listing(repository, revision, download)
     if "lyra.json" in files:
         # Only this small file can say what licence the weights have.
-        snapshot = _download(repository, commit, {"lyra.json": files["lyra.json"]}, progress)
+        snapshot = hub_files.download_files(repository, commit, {"lyra.json": files["lyra.json"]}, progress)
         require(_licences_of(ModelSettings.load(snapshot)).values())
-        snapshot = _download(repository, commit, _matching(files, LYRA_FILES), progress)
+        snapshot = hub_files.download_files(repository, commit, hub_files.matching(files, LYRA_FILES), progress)
         return _local_source(name, snapshot, revision=commit)
-    wanted = _matching(files, _IN_REPOSITORY)
-    if not _matching(wanted, ["*" + pattern for pattern in RELEASED_FILES["transformer"]]):
+    wanted = hub_files.matching(files, _IN_REPOSITORY)
+    if not hub_files.matching(wanted, ["*" + pattern for pattern in RELEASED_FILES["transformer"]]):
         raise UserError(
             f"{repository} on Hugging Face holds neither a lyra.json nor NVIDIA's released files; choose another model."
         )
     require(RELEASED_PARTS.values())
-    fetch(TOKENIZER, TOKENIZER_FILES, licences=(APACHE_2,), progress=progress)
-    snapshot = _download(repository, commit, wanted, progress)
+    hub_files.fetch(TOKENIZER, TOKENIZER_FILES, licences=(APACHE_2,), progress=progress)
+    snapshot = hub_files.download_files(repository, commit, wanted, progress)
     return _local_source(name, snapshot, revision=commit)
-
-
-def _matching(files: Mapping[str, int], patterns: Iterable[str]) -> dict[str, int]:
-    """The files, with their sizes, that match one of the patterns."""
-    patterns = tuple(patterns)
-    return {path: size for path, size in files.items() if any(fnmatchcase(path, pattern) for pattern in patterns)}
 
 
 def _model_snapshot(repository: str, revision: str | None) -> Path | None:
     """Snapshot folder of a model whose download is complete."""
     for layout, patterns in (("lyra", LYRA_FILES), ("released", _IN_REPOSITORY)):
-        snapshot = _complete_snapshot(repository, patterns, revision)
+        snapshot = hub_files.complete_snapshot(repository, patterns, revision)
         found = _layout_of(snapshot) if snapshot else None
         if found and found[0] == layout:
             return snapshot
     return None
 
 
-def _complete_snapshot(repository: str, patterns: Iterable[str], revision: str | None) -> Path | None:
-    """The newest snapshot in the Hugging Face cache that has all files matching the patterns; makes no request."""
-    folder = _cache() / f"models--{repository.replace('/', '--')}" / "snapshots"
-    snapshots = [path for path in folder.glob(revision or "*") if path.is_dir()]
-    for snapshot in sorted(snapshots, key=lambda path: path.stat().st_mtime, reverse=True):
-        try:
-            tree = get_cached_repo_tree(repository, revision=snapshot.name)
-        except errors.CachedRepoTreeNotFoundError:
-            continue  # Without the list of files nobody can tell whether one is missing.
-        wanted = _matching({file.path: file.size for file in tree}, patterns)
-        if wanted and all((snapshot / path).is_file() for path in wanted):
-            return snapshot
-    return None
-
-
-def _listing(repository: str, revision: str | None, download: bool) -> tuple[str, dict[str, int]]:
-    """Commit of a repository and the size in bytes of each of its files, the first request to the network."""
-    if not download:
-        raise UserError(f"{repository} is not on this machine; allow its download, or give a folder that holds it.")
-    with _asking(repository):
-        info = HfApi(endpoint=_endpoint()).model_info(repository, revision=revision, files_metadata=True)
-    return str(info.sha), {file.rfilename: file.size or 0 for file in info.siblings or ()}
-
-
-def _download(repository: str, commit: str, files: Mapping[str, int], progress: Progress) -> Path:
-    """Download some files into the Hugging Face cache, one after the other, and return the snapshot that holds them.
-
-    A broken connection goes on where it broke; after that, whole files are kept for the next call.
-    """
-    if not files:
-        raise UserError(f"{repository} on Hugging Face has none of the files that are needed; choose another model.")
-    missing = [path for path in files if not isinstance(try_to_load_from_cache(repository, path, revision=commit), str)]
-    total, done = sum(files[path] for path in missing), 0
-    _check_disk(repository, total)
-    if missing:
-        progress.enter(f"downloading {repository} (MB)")
-    for path in missing:
-        progress.step(done // 10**6, max(total // 10**6, 1))
-        with _asking(repository):
-            snapshot_download(repository, revision=commit, allow_patterns=[glob.escape(path)], endpoint=_endpoint())
-        done += files[path]
-    progress.finish()
-    with _asking(repository):
-        # Everything is there now: this checks it and leaves the list of files that `_complete_snapshot` reads.
-        patterns = [glob.escape(path) for path in files]
-        return Path(snapshot_download(repository, revision=commit, allow_patterns=patterns, endpoint=_endpoint()))
-
-
-def _cache() -> Path:
-    """The folder in which Hugging Face's library keeps repositories."""
-    return Path(constants.HF_HUB_CACHE)
-
-
-def _endpoint() -> str:
-    """Address of Hugging Face, or of the mirror that HF_ENDPOINT names."""
-    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or constants.ENDPOINT
-
-
-def _check_disk(repository: str, needed: int) -> None:
-    """Make sure that a download of so many bytes fits on the disk."""
-    folder = _cache()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{repository} needs {needed / 1e9:.1f} GB more in {_cache()}, where {free / 1e9:.1f} GB are free; free "
-            "some space or set HF_HOME to a folder on a larger disk."
-        )
-
-
-@contextmanager
-def _asking(repository: str) -> Iterator[None]:
-    """Turn what can go wrong with Hugging Face into one sentence."""
-    try:
-        yield
-    except (OSError, _HTTP_ERROR, errors.HFValidationError, errors.XetDownloadError, RuntimeError) as error:
-        raise UserError(_sentence(repository, error)) from error
-
-
-def _sentence(repository: str, error: BaseException) -> str:
-    """What is wrong with a repository and what to do."""
-    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-        return _sentence(repository, error.__cause__)
-    if isinstance(error, errors.GatedRepoError):
-        return (
-            f"{repository} is open to registered people only; accept its terms at https://huggingface.co/{repository} "
-            "and sign in with `hf auth login` or HF_TOKEN."
-        )
-    if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
-        return (
-            f"There is neither a folder {repository} nor a Hugging Face repository of that name that you may read; "
-            "check the name, or sign in with `hf auth login` if it is private."
-        )
-    if isinstance(error, (errors.RevisionNotFoundError, errors.EntryNotFoundError)):
-        return f"{repository} has not got the asked version or file; leave the version out to get the newest one."
-    if isinstance(error, errors.HfHubHTTPError):
-        status = error.response.status_code
-        if status in (401, 403):
-            return (
-                f"Hugging Face refuses access to {repository} (status {status}); check the rights of your token, or "
-                "sign in again with `hf auth login`."
-            )
-        return f"Hugging Face answers with status {status} for {repository}; try the same again later."
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        return f"The disk of {_cache()} is full; free some space and try again, finished files are kept."
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{_cache()} cannot be written ({error.strerror}); set HF_HOME to a folder that you may write."
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return (
-        f"{repository} cannot be downloaded ({reason}); check the network and try again, finished files are kept, or "
-        "give a folder with the files instead."
+def _fetched_depth(
+    name: str,
+    repository: str,
+    patterns: tuple[str, ...],
+    licences: Mapping[str, Licence],
+    revision: str | None,
+    download: bool,
+    progress: Progress | None,
+) -> ModelSource:
+    """The depth network among some files of a repository."""
+    snapshot = hub_files.fetch(
+        repository, patterns, licences=licences.values(), revision=revision, download=download, progress=progress
     )
+    return replace(_depth_in_folder(name, snapshot), licences=licences, revision=snapshot.name)
+
+
+def _depth_in_folder(name: str, folder: Path) -> ModelSource:
+    """The depth network in a folder, once its licence is accepted."""
+    if (folder / "lyra.json").is_file():
+        return _depth_of(_local_source(name, folder))
+    for base in (folder, folder / "checkpoints"):
+        if any((base / path).is_file() for path in RELEASED_FILES["reconstruction"]):
+            require([RELEASED_PARTS["reconstruction"]])
+            return _depth_of(ModelSource(name, base, "released", RELEASED_PARTS, shipped=False))
+    missing = [path for path in DEPTH_ANYTHING_FILES if not (folder / path).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder} holds no depth network ({' and '.join(missing)} missing); give a folder with Depth Anything 3's "
+            "config.json and model.safetensors as published, or the folder of a model."
+        )
+    licence = _published_licence(folder / DEPTH_ANYTHING_FILES[0])
+    require([licence])
+    return ModelSource(name, folder, "depth-anything", {"depth": licence}, shipped=False)
+
+
+def _published_licence(config: Path) -> Licence:
+    """The licence of the public Depth Anything 3 that a config.json names."""
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+        published = str(values["model_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{config} names no published Depth Anything 3 ({type(error).__name__}: {error}); use the config.json that "
+            "came with the weights, or give the folder of the whole model."
+        ) from error
+    if published.upper() not in DEPTH_ANYTHING_3:
+        known = ", ".join(sorted(name.lower() for name in DEPTH_ANYTHING_3))
+        raise UserError(f"{config} names the network '{published}', which is none of: {known}.")
+    return DEPTH_ANYTHING_3[published.upper()]
+
+
+def _depth_of(source: ModelSource) -> ModelSource:
+    """A model as the source of its depth network alone."""
+    own = source.licences.get("reconstruction")
+    found = {own} if own is not None else set(source.licences.values())
+    return replace(source, licences={"depth": found.pop()} if len(found) == 1 else source.licences)

@@ -62,7 +62,7 @@ MIT = Licence(
     id="MIT",
     name="MIT License",
     url="https://opensource.org/license/mit",
-    applies_to="the OpenCLIP ViT-H/14 image encoder of nvidia/Lyra-2.0, and MoGe",
+    applies_to="the OpenCLIP ViT-H/14 image encoder of nvidia/Lyra-2.0",
     forbids="passing the weights on without the copyright notice and the licence text",
     gated=False,
 )
@@ -111,9 +111,6 @@ RELEASED_PARTS: Mapping[str, Licence] = MappingProxyType(
 """Licence of each part of nvidia/Lyra-2.0. NVIDIA's own parts are under its licence; the others are unchanged copies of
 public weights, listed with the licence that their authors gave them. The reconstruction network is a fine-tuned Depth
 Anything 3 nested, which its authors published under CC-BY-NC-4.0."""
-
-OPTIONAL_PARTS: Mapping[str, Licence] = MappingProxyType({"captioner": APACHE_2, "moge": MIT})
-"""Licence of networks that the released model can be used with and that come from their own repositories."""
 
 DEPTH_ANYTHING_3: Mapping[str, Licence] = MappingProxyType(
     {

@@ -19,12 +19,11 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from lyra import __version__
-from lyra.config import CHUNK_FRAMES, GenerateJob, LoadOptions
+from lyra import __version__, lifting
+from lyra.config import CHUNK_FRAMES, GenerateJob, LoadOptions, MeshJob, ReconstructJob
 from lyra.depth.base import intrinsics_from_fov
 from lyra.device import choose_device, peak_memory_gib
 from lyra.errors import UserError
-from lyra.export.ply import write_splat_ply
 from lyra.generation.caption_views import caption_request
 from lyra.generation.captioner import VisionLanguageCaptioner
 from lyra.generation.captions import caption_of_chunk, read_captions
@@ -47,19 +46,16 @@ from lyra.models.context_parallel import ONE_PROCESS, ContextParallelGroup
 from lyra.photo import fit_photo, load_photo, output_size
 from lyra.placement import Placement, choose_placement, memory_explained
 from lyra.progress import Cancelled, Progress
-from lyra.reconstruction.gaussians import lift, lifted_frames
+from lyra.reconstructors import reconstructor_for, resolve
 from lyra.trajectory.clearance import ClearanceReport, shorten_path
 from lyra.trajectory.files import relative_to_first
 from lyra.trajectory.gui_path import read_path
 from lyra.trajectory.presets import preset_cameras
 from lyra.trajectory.recipes import RECIPES, Leg, Recipe, joined_cameras, scaled_path
-from lyra.types import Cameras, DepthMap, GaussianScene
+from lyra.types import Cameras, DepthMap, GaussianScene, TriangleMesh
 from lyra.world import World
 
 logger = logging.getLogger(__name__)
-
-LIFT_INTERVAL = 8
-"""Every n-th measured frame is lifted, besides the photo and the last frame."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +93,7 @@ class LyraPipeline:
         self, model: LoadedModel, source: ModelSource, placement: Placement, *, fuse_loras: bool = False
     ) -> None:
         self.parts, self.depth, self.source, self.placement = model.parts, model.depth, source, placement
-        self.fuse_loras = fuse_loras
+        self.depth_source, self.fuse_loras = model.depth_source, fuse_loras
         self._captioners: dict[str, VisionLanguageCaptioner] = {}
         # Networks that come and go must not do so under another thread's hands; resident ones are only read.
         self._turn: AbstractContextManager[Any] = nullcontext() if placement.offload == "none" else RLock()
@@ -111,6 +107,7 @@ class LyraPipeline:
         weights: str | None = None,
         offload: str | None = None,
         decode: str | None = None,
+        depth: str | None = None,
         fuse_loras: bool = False,
         progress: Progress | None = None,
         group: ContextParallelGroup = ONE_PROCESS,
@@ -122,6 +119,7 @@ class LyraPipeline:
             weights: fp32, bf16, fp8 or nf4; with `offload`, the best that fits by default.
             offload: none, model (one network on the GPU at a time) or group (transformer blocks are streamed).
             decode: streamed (whole frames) or tiled, which takes less memory.
+            depth: a depth network instead of the model's own, such as da3-small; see `LoadOptions`.
             fuse_loras: add a job's LoRAs to the weights: faster, for 34 GB of host memory at the released size.
             progress: told about downloads.
             group: processes that share the transformer's work; see `serve`.
@@ -135,7 +133,7 @@ class LyraPipeline:
             lambda: choose_placement(source, device=device, weights=weights, offload=offload, decode=decode)
         )
         with memory_explained(placement):
-            model = load_components(source, placement, group, fuse_loras=fuse_loras)
+            model = load_components(source, placement, group, depth=depth, fuse_loras=fuse_loras, progress=progress)
             return cls(model, source, placement, fuse_loras=fuse_loras)
 
     @staticmethod
@@ -278,7 +276,8 @@ class LyraPipeline:
                 self.parts.encode_text(sorted(set(captions.values())))
         photo = to_uint8(seen.image)
         numbers = self.placement.numbers + (", fused" if self.fuse_loras else "")
-        key = content_key(self.parts.settings.name, weights_hash(self.source.folder), numbers, photo.numpy().tobytes())
+        weights = [weights_hash(source.folder) for source in self.sources]
+        key = content_key(self.parts.settings.name, *weights, numbers, photo.numpy().tobytes())
         for chunk in range(walked.leg.chunks):
             progress.chunk = before + chunk
             prompt = caption_of_chunk(captions, chunk)
@@ -325,19 +324,42 @@ class LyraPipeline:
         progress.enter("Chunk finished", world.video_path)
         progress.finish()
 
-    def reconstruct(self, world: World, progress: Progress | None = None) -> GaussianScene:
-        """Lift a walkthrough to splats and write scene.ply.
+    def reconstruct(
+        self, world: World, job: ReconstructJob | None = None, progress: Progress | None = None
+    ) -> GaussianScene:
+        """Lift a walkthrough to splats and write scene.ply and scene.spz.
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: the walkthrough cannot be lifted in this way, or the folder cannot be written.
+            Cancelled: the listener asked to stop.
         """
-        return reconstruct(world, progress)
+        job, progress = job or ReconstructJob(), progress or Progress()
+        with memory_explained(self.placement):
+            job = resolve(world, job)
+            reconstructor = reconstructor_for(world, job, self.load_options, progress)
+            return lifting.reconstruct(world, job, reconstructor, progress)
+
+    def mesh(self, world: World, job: MeshJob | None = None, progress: Progress | None = None) -> TriangleMesh:
+        """Make a coloured surface and a collider of a world's splats and write mesh.glb and collider.obj.
+
+        Raises:
+            UserError: there are no splats yet, they show no surface, or the folder cannot be written.
+            Cancelled: the listener asked to stop.
+        """
+        return lifting.mesh(world, job or MeshJob(), progress)
+
+    @property
+    def sources(self) -> tuple[ModelSource, ...]:
+        """Where the weights come from: the model's and, if there is one, the depth network's that replaces its own."""
+        return (self.source,) if self.depth_source is None else (self.source, self.depth_source)
 
     @property
     def load_options(self) -> LoadOptions:
         """The options that place the model on this machine as it is placed now."""
         p = self.placement
-        return LoadOptions(p.torch_device.type, p.weights, p.offload, p.decode, self.fuse_loras)  # type: ignore[arg-type]
+        options: Any = {"weights": p.weights, "offload": p.offload, "decode": p.decode}
+        depth = None if self.depth_source is None else self.depth_source.name
+        return LoadOptions(depth=depth, device=p.torch_device.type, fuse_loras=self.fuse_loras, **options)
 
     def generation_size(self, height: int, width: int) -> tuple[int, int]:
         """Size at which the network works for an output size; a portrait photo swaps the sides."""
@@ -352,21 +374,23 @@ class LyraPipeline:
 
     def run_record(self, job: GenerateJob, status: str, progress: Progress, planned: PlannedPath) -> dict[str, Any]:
         """The contents of run.json."""
+        licences = {part: licence for source in self.sources for part, licence in source.licences.items()}
         return {
             "status": status,
             "job": job.to_json(),
             "model": {
                 "name": self.parts.settings.name,
                 "licence": self.parts.settings.licence,
-                "licences": {part: licence.id for part, licence in self.source.licences.items()}
+                "licences": {part: licence.id for part, licence in licences.items()}
                 | ({"captioner": f"as the model card of {job.captioner} says"} if job.captioner else {}),
                 "accepted": {
                     given.licence: given.date
-                    for licence in dict.fromkeys(self.source.licences.values())
+                    for licence in dict.fromkeys(licences.values())
                     if (given := accepted(licence)) is not None
                 },
                 "revision": self.source.revision,
                 "weights_sha256": weights_hash(self.source.folder),
+                "depth": None if self.depth_source is None else self.depth_source.name,
             },
             "path_note": planned.report.reason,
             "versions": {
@@ -379,32 +403,6 @@ class LyraPipeline:
             "stage_seconds": {name: round(seconds, 2) for name, seconds in progress.stage_seconds.items()},
             "peak_memory_gib": round(peak_memory_gib(), 2),
         }
-
-
-def reconstruct(world: World, progress: Progress | None = None) -> GaussianScene:
-    """Lift a walkthrough to splats and write scene.ply; needs no model.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    progress = progress or Progress()
-    progress.enter("Read walkthrough")
-    video, depths, cameras = world.video, world.depth, world.cameras
-    last = len(video) - 1
-    chosen = [i for i in depths if i % LIFT_INTERVAL == 0 or i == last]
-    frames = lifted_frames({i: from_uint8(video[i]) for i in chosen}, {i: depths[i] for i in chosen}, cameras)
-    progress.enter("Lift to splats")
-    scene = lift(frames, progress.step)
-    progress.enter("Write splats")
-    run = world.run
-    name = run.get("model", {}).get("name", "an unknown model")
-    with writing_to(world.folder):
-        write_splat_ply(world.scene_path, scene, f"Lyra {__version__}, {name}, OpenCV axes")
-    run["reconstruct"] = {"splats": len(scene), "frames": len(frames)}
-    progress.finish()
-    run["reconstruct"]["stage_seconds"] = {k: round(v, 2) for k, v in progress.stage_seconds.items()}
-    world.write_run(run)
-    return scene
 
 
 def chunk_key(before: str, job: GenerateJob, cameras: Cameras, chunk: int, prompt: str) -> str:

@@ -7,6 +7,7 @@ depth.safetensors and run.json; lifting adds scene.ply.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,43 @@ class World:
     def scene_path(self) -> Path:
         """Splats in the INRIA layout."""
         return self.folder / "scene.ply"
+
+    @property
+    def packed_scene_path(self) -> Path:
+        """The same splats as SPZ, a seventh of the size."""
+        return self.folder / "scene.spz"
+
+    @property
+    def mesh_path(self) -> Path:
+        """Coloured surface (glTF axes: y up)."""
+        return self.folder / "mesh.glb"
+
+    @property
+    def collider_path(self) -> Path:
+        """What things stand on, without a hole under the walked area (y up)."""
+        return self.folder / "collider.obj"
+
+    @property
+    def ground_path(self) -> Path:
+        """Which way is up, and places over walkable ground."""
+        return self.folder / "collider.json"
+
+    @property
+    def exports(self) -> Path:
+        """Folder of the files in other formats."""
+        return self.folder / "exports"
+
+    def forget_lifting(self) -> None:
+        """Delete the splats and what was made from them, because the walkthrough is about to be another one."""
+        for path in (self.scene_path, self.packed_scene_path):
+            path.unlink(missing_ok=True)
+        self.forget_mesh()
+
+    def forget_mesh(self) -> None:
+        """Delete the surface, the collider and the exports, because the splats are about to be others."""
+        for path in (self.mesh_path, self.collider_path, self.ground_path):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.exports, ignore_errors=True)
 
     @property
     def chunks(self) -> ChunkStore:

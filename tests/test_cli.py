@@ -121,7 +121,7 @@ def test_mistakes_get_one_sentence(tmp_path):
 
 def test_a_resumed_job_keeps_its_number_formats_unless_others_are_given(tmp_path):
     job = GenerateJob(photo="photo.jpg", seed=3)
-    placed = LoadOptions("cuda", "fp8", "group", "tiled", fuse_loras=False)
+    placed = LoadOptions(None, "cuda", "fp8", "group", "tiled", fuse_loras=False)
     (tmp_path / "run.json").write_text(json.dumps({"job": job.to_json(), "placement": placed.to_json()}))
     resumed = parse(["generate", "--resume", "--out", str(tmp_path)])
     assert resumed.load == placed and resumed.options.seed == 3

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from huggingface_hub import constants
 
-from lyra import hub, licences
+from lyra import hub, hub_files, licences
 from lyra.errors import UserError
 from lyra.hub import DEFAULT_MODEL, MODELS, RELEASED_MODEL, TOKENIZER, downloaded, find_model, weights_hash
 from lyra.licences import CC_BY_NC_4, NVIDIA_RESEARCH, RELEASED_PARTS
@@ -145,10 +145,10 @@ def accepted(fake_hub) -> FakeHub:
     return fake_hub
 
 
-def refusal(name: str, **options: object) -> str:
+def refusal(name: str, find=find_model, **options: object) -> str:
     """The sentence with which a model is refused."""
     with pytest.raises(UserError) as caught:
-        find_model(name, **options)
+        find(name, **options)
     text = str(caught.value)
     assert text.endswith(".") and "\n" not in text
     return text
@@ -332,11 +332,11 @@ def test_no_network_and_offline_mode_are_sentences(accepted, monkeypatch):
 
 def test_a_disk_that_is_too_small_is_told_before_any_weights_are_sent(accepted, monkeypatch):
     needed = sum(map(len, READ.values()))
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed - 1))
+    monkeypatch.setattr(hub_files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed - 1))
     text = refusal(RELEASED_MODEL)
     assert "GB" in text and constants.HF_HUB_CACHE in text and "HF_HOME" in text
     assert set(accepted.files_sent()).isdisjoint(READ)
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed))
+    monkeypatch.setattr(hub_files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=needed))
     assert find_model(RELEASED_MODEL).revision == COMMIT
 
 
@@ -348,7 +348,7 @@ def test_a_cache_that_cannot_be_written_or_fills_up_is_one_sentence(accepted, mo
     def fill(*args: object, **options: object) -> str:
         raise OSError(errno.ENOSPC, "No space left on device", "blob")
 
-    monkeypatch.setattr(hub, "snapshot_download", fill)
+    monkeypatch.setattr(hub_files, "snapshot_download", fill)
     assert "is full" in refusal(RELEASED_MODEL)
 
 
@@ -357,13 +357,13 @@ def test_fetching_asks_for_the_licence_first_and_for_matching_files_only(fake_hu
     assert hub.tokenizer_folder(tmp_path) == tmp_path / "tokenizer"
     fake_hub.repositories["depth/large"] = {"model.safetensors": b"weights", "config.json": b"{}", "demo.mp4": b"v"}
     with pytest.raises(UserError, match=CC_BY_NC_4.name):
-        hub.fetch("depth/large", ["*.safetensors"], licences=[CC_BY_NC_4])
+        hub_files.fetch("depth/large", ["*.safetensors"], licences=[CC_BY_NC_4])
     assert fake_hub.requests == []
     licences.accept(CC_BY_NC_4, "test")
-    folder = hub.fetch("depth/large", ["*.safetensors"], licences=[CC_BY_NC_4])
+    folder = hub_files.fetch("depth/large", ["*.safetensors"], licences=[CC_BY_NC_4])
     assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
     with pytest.raises(UserError, match="none of the files"):
-        hub.fetch("depth/large", ["*.pth"], licences=[])
+        hub_files.fetch("depth/large", ["*.pth"], licences=[])
 
 
 def hash_of(folder: Path) -> str:

@@ -67,7 +67,7 @@ export class Panel {
     for (const [name, action] of Object.entries(actions)) this.buttons[name].addEventListener("click", action);
   }
 
-  /** What the viewer shows ("splats", "points" or "none") and how far it is ("empty", "loading", "loaded", "error"). */
+  /** What the viewer shows ("splats", "points", "mesh" or "none") and how far it is ("empty", "loading", "loaded", "error"). */
   setState(state, kind, status) {
     this.host.dataset.state = state;
     this.host.dataset.kind = kind;

@@ -1,17 +1,26 @@
-// How a scene file of either kind is fetched, decoded and freed. Knows no camera path, no controls and no page.
+// How a scene file of any kind is fetched, decoded and freed. Knows no camera path, no controls and no page.
 //
-// Everything is in OpenCV axes; the caller puts `object` into a group turned by OPENCV_WORLD. Whole files are fetched
-// here, not by Spark, because only so can a load be cancelled, its progress shown and an unreadable file named.
+// Each file is in the axes of its format: PLY in OpenCV's, SPZ and GLB with y up and z towards the viewer. Neither says
+// so in itself, so the format decides. The caller puts `object` into a group turned by OPENCV_WORLD; what has y up already
+// is turned back here. Whole files are fetched here, not by Spark, because only so can a load be cancelled, its progress
+// shown and an unreadable file named.
 
 import { SplatFileType, SplatMesh } from "@sparkjsdev/spark";
 import { Vector3 } from "three";
+import { OPENCV_WORLD } from "./coordinates.js";
+import { buildMesh, centroid, disposeMesh, MOST_BYTES, parseMesh } from "./mesh.js";
 import { buildPoints, parsePoints, readPlyHeader } from "./points.js";
 
-/** The file's bytes; `onProgress(fraction)` while it arrives, if the server tells the size. */
-async function download(url, signal, onProgress) {
+/** The file's bytes, at most `most`; `onProgress(fraction)` while it arrives, if the server tells the size. */
+async function download(url, most, signal, onProgress) {
   const response = await fetch(url, { signal });
   if (!response.ok) throw new Error(`the server answered ${response.status}`);
   const total = Number(response.headers.get("Content-Length"));
+  if (total > most) {
+    await response.body.cancel();
+    const [has, limit] = [total, most].map((size) => Math.round(size / 2 ** 20));
+    throw new Error(`the file has ${has} MB, more than the ${limit} MB this view can show; write it with fewer triangles`);
+  }
   const parts = [];
   let received = 0;
   for (const reader = response.body.getReader(); ; ) {
@@ -63,6 +72,7 @@ async function loadSplats(bytes, spark, lodAbove) {
   const lod = count > lodAbove;
   const mesh = new SplatMesh({ fileBytes: bytes, fileType, lod });
   await mesh.initialized;
+  if (fileType === SplatFileType.SPZ) mesh.quaternion.copy(OPENCV_WORLD);
   const source = mesh.packedSplats.lodSplats ?? mesh.packedSplats;
   return {
     object: mesh,
@@ -96,13 +106,34 @@ function loadPoints(bytes) {
   };
 }
 
+async function loadMesh(bytes, wireframe) {
+  const parts = await parseMesh(bytes);
+  const object = buildMesh(parts, wireframe);
+  object.quaternion.copy(OPENCV_WORLD);
+  const { first, triangles } = parts.at(-1);
+  return {
+    object,
+    kind: "mesh",
+    count: first + triangles,
+    centre: (index) => centroid(parts, index),
+    centres: first + triangles,
+    drawn: () => true,
+    dispose: () => disposeMesh(object),
+  };
+}
+
 /**
- * Fetch and decode one scene file.
+ * Fetch and decode one scene file; `wireframe` is for meshes.
  * Returns `{object, kind, count, centre(index), centres, drawn(), dispose()}`; an aborted load rejects with an AbortError.
  */
-export async function loadScene({ url, kind, spark, lodAbove, signal, onProgress }) {
-  const bytes = await download(url, signal, onProgress);
-  const scene = kind === "points" ? loadPoints(bytes) : await loadSplats(bytes, spark, lodAbove);
+export async function loadScene({ url, kind, wireframe, spark, lodAbove, signal, onProgress }) {
+  const bytes = await download(url, kind === "mesh" ? MOST_BYTES : Infinity, signal, onProgress);
+  const load = {
+    splats: () => loadSplats(bytes, spark, lodAbove),
+    points: () => loadPoints(bytes),
+    mesh: () => loadMesh(bytes, wireframe),
+  };
+  const scene = await load[kind]();
   if (signal.aborted) {
     scene.dispose();
     throw new DOMException("replaced by a newer scene", "AbortError");

@@ -54,7 +54,7 @@ class Viewer {
   async show(value) {
     const before = this.value;
     this.value = value;
-    const sameScene = before && before.scene?.file.url === value.scene?.file.url && this.state !== "error";
+    const sameScene = before && drawingOf(before) === drawingOf(value) && this.state !== "error";
     const sameStart = JSON.stringify(startOf(before)) === JSON.stringify(startOf(value));
     this.#showPath(value.path);
     if (!sameScene) await this.#load(value);
@@ -88,6 +88,7 @@ class Viewer {
       kind,
       splats: kind === "splats" ? count : 0,
       points: kind === "points" ? count : 0,
+      triangles: kind === "mesh" ? count : 0,
       drawnSplats: this.spark.activeSplats,
       distinctColours: colours.size,
       frames: this.frames,
@@ -191,9 +192,11 @@ class Viewer {
     this.#setState("loading");
     if (!this.scene) this.#goToStart();
     const { spark, lodAbove, panel } = this;
+    const { file, kind, wireframe } = scene;
     const onProgress = (fraction) => panel.setProgress(fraction);
     try {
-      const loaded = await loadScene({ url: scene.file.url, kind: scene.kind, spark, lodAbove, signal: loading.signal, onProgress });
+      const { signal } = loading;
+      const loaded = await loadScene({ url: file.url, kind, wireframe, spark, lodAbove, signal, onProgress });
       const first = !this.scene;
       this.#replaceScene(loaded);
       if (!keepView || first) this.#goToStart();
@@ -236,7 +239,7 @@ class Viewer {
     const count = (this.scene?.count ?? 0).toLocaleString("en-US");
     const kind = this.value?.scene?.kind ?? "none";
     const poses = this.path ? `camera path of ${this.path.poses.length} poses` : "";
-    const words = { loading: "loading…", loaded: `${count} ${kind}`, empty: poses || "nothing to show yet" };
+    const words = { loading: "loading…", loaded: `${count} ${kind === "mesh" ? "triangles" : kind}`, empty: poses || "nothing to show yet" };
     this.panel.setState(this.state, kind, words[this.state]);
     this.panel.setMessage(this.state === "empty" && !this.path ? "Your world will appear here." : "");
     for (const name of ["reset", "screenshot"]) this.panel.enable(name, Boolean(this.scene || this.path));
@@ -350,6 +353,9 @@ class Viewer {
     });
   }
 }
+
+/** What of a value decides whether a scene on screen has to be loaded again. */
+const drawingOf = ({ scene }) => JSON.stringify(scene && [scene.file.url, scene.kind, scene.wireframe]);
 
 /** Camera the viewer starts from: `{w2c, fy, height, width, overview}`. */
 function startOf(value) {

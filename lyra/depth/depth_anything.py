@@ -56,6 +56,9 @@ class DepthAnythingDepth:
     config: AnyDepthAnythingConfig
     device: torch.device
     dtype: torch.dtype = torch.float32
+    resolution: int | None = None
+    """Pixels of the longest side at which the network works, however large an image is; None keeps the image's size,
+    as the released loop does."""
 
     def __post_init__(self) -> None:
         place(self.model, self.device, self.dtype)
@@ -80,7 +83,7 @@ class DepthAnythingDepth:
     def predict_one(self, image: Float[Tensor, "1 3 h w"]) -> DepthPrediction:
         """`predict` of one image."""
         height, width = image.shape[-2:]
-        output = self.model(prepare_pixels(to_bytes(image.to(self.device)))[None])
+        output = self.model(prepare_pixels(to_bytes(image.to(self.device)), self.resolution)[None])
         depth = depth_at_size(output.depth[0], height, width)
         return DepthPrediction(
             depth=depth.to(image.device),
@@ -107,7 +110,7 @@ class DepthAnythingDepth:
         if isinstance(self.model, MonocularDepthAnything):
             raise ValueError("a monocular network cannot use cameras; wrap it in SeenDepth or use an any-view network")
         height, width = images.shape[-2:]
-        pictures = prepare_pixels(to_bytes(images.to(self.device)))
+        pictures = prepare_pixels(to_bytes(images.to(self.device)), self.resolution)
         given = cameras.resized(*pictures.shape[-2:])
         w2c = given.w2c.to(self.device).float()
         still = is_still(w2c)

@@ -66,7 +66,8 @@ class _Camera:
         """From the numbers of a model."""
         if model not in _PARAMETERS or len(numbers) != _PARAMETERS[model]:
             raise ValueError(f"camera model {model} is not a pinhole; undistort the images first")
-        return cls(width, height, (numbers[0], *numbers[-3:]))
+        fy, cx, cy = numbers[-3:]
+        return cls(width, height, (numbers[0], fy, cx, cy))
 
     def matrix(self) -> list[list[float]]:
         """The intrinsics with pixel centres at integers."""

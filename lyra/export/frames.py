@@ -114,7 +114,8 @@ def write_frames(folder: Path, posed: PosedFrames, provenance: str = "") -> None
         write_images(temporary / "images", posed.frames)
         write_trajectory(temporary / "cameras.npz", posed.cameras)
         if ids:
-            np.savez(temporary / "depth.npz", **{frame_name(index): depth for index, depth in depths.items()})
+            maps: dict[str, Any] = {frame_name(index): depth for index, depth in depths.items()}
+            np.savez(temporary / "depth.npz", **maps)
             (temporary / "depth").mkdir()
         for index, depth in depths.items():
             counts = np.nan_to_num(np.rint(depth / step), nan=0, posinf=SATURATED)

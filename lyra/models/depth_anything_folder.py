@@ -1,12 +1,15 @@
-"""Depth Anything 3 as a folder of config.json and one safetensors file, and from the released torch file.
+"""Depth Anything 3 as a folder of config.json and one safetensors file, public or our own, and from a torch file.
 
 Knows where the weights are kept and how their sizes are written down; the networks are `lyra.models.depth_anything`.
+A public folder names its network as `model_name`, and that name alone decides the sizes, as in the published code.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from safetensors.torch import save_file
 
 from lyra.errors import UserError
 from lyra.models.depth_anything.config import (
+    CONFIGS,
     NESTED_GIANT_LARGE,
     AnyDepthAnythingConfig,
     BackboneConfig,
@@ -28,6 +32,19 @@ from lyra.models.weight_files import read_safetensors, read_torch
 
 CLASS_NAME = "DepthAnything3"
 WEIGHTS = "model.safetensors"
+PUBLISHED_NAME = "model_name"
+"""Entry of a public config.json."""
+PUBLISHED_RESOLUTION = 504
+"""Pixels of the longest side at which public networks work (published default)."""
+
+UNUSED_FOR_DEPTH: Mapping[str, str] = {
+    "rays": r"(?:da3\.)?head\.scratch\.\w+_aux\..*",
+    "Gaussians": r"(?:da3\.)?gs_head\..*",
+}
+"""Heads of a file that depth and cameras do not need, with the names of their tensors; they are loaded and checked with
+the rest, and never computed for depth."""
+
+logger = logging.getLogger(__name__)
 
 
 def config_from_json(values: Mapping[str, Any]) -> AnyDepthAnythingConfig:
@@ -44,6 +61,53 @@ def config_from_json(values: Mapping[str, Any]) -> AnyDepthAnythingConfig:
         return _single(values)
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"The sizes of the depth network cannot be used ({error}); restore its config.json.") from error
+
+
+def read_depth_config(folder: Path) -> AnyDepthAnythingConfig:
+    """Sizes of the network in a folder, public or of `save_depth_folder`.
+
+    Raises:
+        UserError: the config.json is missing, damaged or names an unknown network.
+    """
+    values = read_config(folder)
+    if not isinstance(values, dict):
+        raise UserError(f"{folder / 'config.json'} holds no sizes but a {type(values).__name__}; restore the folder.")
+    if PUBLISHED_NAME in values:
+        return published_config(values)
+    return config_from_json({name: value for name, value in values.items() if not name.startswith("_")})
+
+
+def published_config(values: Mapping[str, Any]) -> AnyDepthAnythingConfig:
+    """Sizes of a public network from its config.json.
+
+    Raises:
+        UserError: there is no such network, or the entries beside the name are of another one.
+    """
+    name = str(values[PUBLISHED_NAME])
+    layout = re.sub("^da3-?", "", name.lower())
+    if layout not in CONFIGS:
+        known = ", ".join(CONFIGS)
+        raise UserError(f"There is no Depth Anything 3 of the name '{name}'; its sizes may be: {known}.")
+    found = CONFIGS[layout]
+    details = values.get("config")
+    details = details if isinstance(details, dict) else {}
+    if isinstance(found, NestedDepthAnythingConfig):
+        parts = {"anyview": found.any_view, "metric": found.metric}
+        pairs = [(details.get(part), config) for part, config in parts.items()]
+    else:
+        pairs = [(details, found)]
+    for given, config in pairs:
+        net = given.get("net") if isinstance(given, dict) else None
+        # Shapes are checked with the weights; these two change no shape and would give wrong depth silently.
+        expected = (list(config.backbone.output_layers), config.backbone.alternation_start)
+        if isinstance(net, dict) and (net.get("out_layers"), _start(net.get("alt_start"))) != expected:
+            raise UserError(f"The config.json names {name}, but its layers are of another network; download it again.")
+    return found
+
+
+def _start(block: Any) -> Any:
+    """First block that alternates; the published config has -1 where none does."""
+    return None if block == -1 else block
 
 
 def _single(values: Mapping[str, Any]) -> DepthAnythingConfig:
@@ -66,15 +130,28 @@ def load_released_depth(path: Path, config: AnyDepthAnythingConfig) -> AnyDepthA
 
 
 def load_depth_folder(folder: Path) -> tuple[AnyDepthAnything, AnyDepthAnythingConfig]:
-    """The network in a folder of `save_depth_folder`.
+    """The network in a folder, public or of `save_depth_folder`; every tensor is accounted for.
 
     Raises:
         UserError: a file is missing or damaged.
         ValueError: tensors are missing, unexpected or misshapen.
     """
-    values = {name: value for name, value in read_config(folder).items() if not name.startswith("_")}
-    config = config_from_json(values)
-    return load_depth_anything(config, read_safetensors(folder / WEIGHTS)), config
+    config, path = read_depth_config(folder), folder / WEIGHTS
+    weights = unwrap_checkpoint(read_safetensors(path))
+    model = load_depth_anything(config, weights)
+    unused = [f"{head} ({count} tensors)" for head, count in unused_for_depth(weights).items() if count]
+    if unused:
+        logger.info("%s also holds heads that depth does not need: %s.", path, ", ".join(unused))
+    return model, config
+
+
+def unused_for_depth(names: Iterable[str]) -> dict[str, int]:
+    """How many of some tensors belong to each head that depth does not need."""
+    names = list(names)
+    return {
+        head: sum(re.fullmatch(pattern, name) is not None for name in names)
+        for head, pattern in UNUSED_FOR_DEPTH.items()
+    }
 
 
 def save_depth_folder(model: AnyDepthAnything, config: AnyDepthAnythingConfig, folder: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +16,6 @@ from typing import Any
 
 import ftfy
 import torch
-from huggingface_hub import snapshot_download
 from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
@@ -170,13 +168,14 @@ def clean_text(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or, by its id such as `google/umt5-xxl`, in the Hugging Face cache; never downloads.
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder; `lyra.hub` says which.
 
     Raises:
         UserError: there is no tokenizer, or it is damaged or cannot pad.
     """
-    folder = tokenizer_folder(path_or_id)
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"There is no tokenizer.json in {folder}; give the folder of google/umt5-xxl's tokenizer.")
     try:
         # The configuration decides the class. Without it the released tokenizer_config.json would: it names the class
         # of T5, which rebuilds tokenizer.json with T5's own rules for unknown characters and white space.
@@ -187,27 +186,8 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise UserError(f"The tokenizer in {folder} cannot be read ({reason}); download its files again.") from error
     if tokenizer.pad_token is None:
-        raise UserError(f"The tokenizer {path_or_id} has no padding token; use the tokenizer of google/umt5-xxl.")
+        raise UserError(f"The tokenizer in {folder} has no padding token; use the tokenizer of google/umt5-xxl.")
     return tokenizer
-
-
-def tokenizer_folder(path_or_id: str) -> Path:
-    """The folder that holds a tokenizer's files: the given one, or the one of that id in the cache.
-
-    Raises:
-        UserError: there is no tokenizer.json.
-    """
-    folder = Path(path_or_id).expanduser()
-    if not folder.is_dir():
-        # The missing name is reported below, whether it looked like an id (OSError) or not (ValueError).
-        with suppress(OSError, ValueError):
-            folder = Path(snapshot_download(path_or_id, local_files_only=True))
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(
-            f"There is no tokenizer.json in a folder {path_or_id}, nor under that id in the Hugging Face cache; give "
-            "the folder that holds the tokenizer of google/umt5-xxl."
-        )
-    return folder
 
 
 def read_negative_embedding(path: Path, text_len: int, dim: int) -> Float[Tensor, "1 l e"]:

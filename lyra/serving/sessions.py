@@ -95,7 +95,14 @@ class Sessions:
         Raises:
             UserError: there is no such world, or the folder cannot be written.
         """
-        world = self.world(world_id)
+        return self.previews_of(self.world(world_id))
+
+    def previews_of(self, world: World) -> Path:
+        """Folder beside a world for pictures that only the app needs.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
         folder = world.folder.with_name(f"{world.folder.name}.previews")
         with writing_to(folder):
             folder.mkdir(exist_ok=True)

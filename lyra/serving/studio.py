@@ -17,11 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from lyra.config import GenerateJob, ModelSettings
+from lyra.config import FormatName, GenerateJob, MeshJob, ModelSettings, ReconstructJob
 from lyra.errors import UserError
+from lyra.exporting import FORMATS, export
 from lyra.generation.chunk_store import writing_to
 from lyra.generation.walkthrough import to_uint8
 from lyra.hub import DEFAULT_MODEL
+from lyra.lifting import ESTIMATE, OF_MESH, OF_RECONSTRUCTION, mesh
 from lyra.pipeline import LyraPipeline, PlannedPath, SeenPhoto
 from lyra.progress import Cancelled, Progress
 from lyra.serving.jobs import JobManager
@@ -45,10 +47,10 @@ OF_A_CHUNK = (
     "Remember",
     "Write video",
 )
-OF_LIFTING = ("Read walkthrough", "Lift to splats", "Write splats")
 """Stages as the pipeline enters them; a name that is missing here costs only the estimate of the time left."""
 
-JobKind = Literal["video", "lift"]
+JobKind = Literal["video", "world"]
+"""What a world is doing: its walkthrough is made, or its splats, mesh or files are."""
 
 _SEEN_KEPT = 8
 """Photos whose depth stays in memory, at about 8 MB each."""
@@ -182,7 +184,7 @@ class Studio:
 
         def work(progress: Progress) -> World:
             # Splats of the walkthrough that is about to be replaced would no longer belong to it.
-            world.scene_path.unlink(missing_ok=True)
+            world.forget_lifting()
             try:
                 return self.pipeline.generate(job, world.folder, progress)
             except Cancelled:
@@ -193,7 +195,7 @@ class Studio:
 
         return self._submit(world_id, "video", work, stages)
 
-    def lift(self, world_id: str) -> str:
+    def lift(self, world_id: str, poses: Literal["commanded", "estimated"] = "commanded") -> str:
         """Queue the lifting of a walkthrough to splats and return the id of its job.
 
         Raises:
@@ -202,12 +204,59 @@ class Studio:
         world = self.sessions.world(world_id)
         if not world.video_path.exists():
             raise UserError("This world has no walkthrough yet; generate one first.")
+        job = ReconstructJob(poses=poses)
 
         def work(progress: Progress) -> World:
-            self.pipeline.reconstruct(World.open(world.folder), progress)
+            self.pipeline.reconstruct(World.open(world.folder), job, progress)
             return world
 
-        return self._submit(world_id, "lift", work, [PlannedStage(name) for name in OF_LIFTING])
+        stages = [name for name in OF_RECONSTRUCTION if name != ESTIMATE or poses == "estimated"]
+        return self._submit(world_id, "world", work, [PlannedStage(name) for name in stages])
+
+    def mesh(self, world_id: str, triangles: int = MeshJob.triangles) -> str:
+        """Queue a world's surface and collider and return the id of the job.
+
+        Raises:
+            UserError: the world is gone or has no splats yet, the number is out of range, or too many jobs are waiting.
+        """
+        world, job = self._lifted(world_id), MeshJob(triangles=triangles)
+
+        def work(progress: Progress) -> World:
+            mesh(world, job, progress)
+            return world
+
+        return self._submit(world_id, "world", work, [PlannedStage(name) for name in OF_MESH])
+
+    def export(self, world_id: str, formats: Sequence[FormatName]) -> str:
+        """Queue a world's files in other formats and return the id of the job; a missing mesh is made first.
+
+        Raises:
+            UserError: the world is gone or has no splats yet, no format is chosen, or too many jobs are waiting.
+        """
+        world = self._lifted(world_id)
+        if not formats:
+            raise UserError("No format is chosen; tick at least one.")
+        needs_mesh = not world.mesh_path.exists() and any(FORMATS[name].of_the_mesh for name in formats)
+
+        def work(progress: Progress) -> World:
+            if needs_mesh:
+                mesh(world, MeshJob(), progress)
+            export(world, formats, progress)
+            return world
+
+        stages = [*(OF_MESH if needs_mesh else ()), *(f"Write {name}" for name in formats)]
+        return self._submit(world_id, "world", work, [PlannedStage(name) for name in stages])
+
+    def _lifted(self, world_id: str) -> World:
+        """A world that has splats.
+
+        Raises:
+            UserError: the world is gone or has none.
+        """
+        world = self.sessions.world(world_id)
+        if not world.scene_path.exists():
+            raise UserError("This world has no splats yet; lift the walkthrough first.")
+        return world
 
     def latest_job(self, world_id: str, kind: JobKind) -> str | None:
         """Id of the newest job of a world that is still remembered: how a reloaded page finds it again."""

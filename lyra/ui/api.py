@@ -1,7 +1,7 @@
 """Which of the app's abilities can other programs call over HTTP, and with which arguments?
 
-Four named endpoints on components that no page shows: `see_photo`, `plan_path`, `generate` and `lift`. Their types come
-from the components, which also check that files were uploaded by the caller. All work is `Handlers`'.
+Six named endpoints on components that no page shows: `see_photo`, `plan_path`, `generate`, `lift`, `mesh` and `export`.
+Their types come from the components, which also check that files were uploaded by the caller. All work is `Handlers`'.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeVar
 
 import gradio as gr
 
-from lyra.config import MAX_CHUNKS, ModelSettings
+from lyra.config import MAX_CHUNKS, MeshJob, ModelSettings
+from lyra.exporting import FORMATS
 from lyra.trajectory.presets import PRESETS
 from lyra.trajectory.recipes import RECIPES
 from lyra.ui.handlers import Handlers, PathChoice, VideoChoice, attempt
@@ -75,12 +76,30 @@ class Api:
         job_id = or_error(self.handlers.generate, world, path, video)
         return self.handlers.downloads(or_error(self.handlers.finished, job_id))
 
-    def lift(self, world: str) -> list[str]:
+    def lift(self, world: str, poses: Literal["commanded", "estimated"]) -> list[str]:
         """Lift the walkthrough of a world to Gaussian splats and wait for them.
 
-        Returns scene.ply (INRIA layout, OpenCV axes), walkthrough.mp4, cameras.npz and run.json.
+        Poses are those that the video was asked for (commanded), or found in the video (estimated).
+
+        Returns scene.ply (INRIA layout, OpenCV axes), scene.spz, walkthrough.mp4, cameras.npz and run.json.
         """
-        job_id = or_error(self.handlers.lift, world)
+        job_id = or_error(self.handlers.lift, world, poses)
+        return self.handlers.downloads(or_error(self.handlers.finished, job_id))
+
+    def mesh(self, world: str, triangles: int) -> list[str]:
+        """Make a coloured surface and a collider of a world's splats and wait for them.
+
+        Returns what lift returns, mesh.glb and collider.obj.
+        """
+        job_id = or_error(self.handlers.mesh, world, triangles)
+        return self.handlers.downloads(or_error(self.handlers.finished, job_id))
+
+    def export(self, world: str, formats: list[str]) -> list[str]:
+        """Write a world in other formats and wait for them; a mesh that they need is made first.
+
+        Returns all files of the world; formats that are folders (colmap, nerfstudio, frames) come as zip archives.
+        """
+        job_id = or_error(self.handlers.export, world, formats)
         return self.handlers.downloads(or_error(self.handlers.finished, job_id))
 
 
@@ -119,8 +138,13 @@ def build_api(handlers: Handlers, settings: ModelSettings) -> None:
             gr.File(label="cameras"),
         )
         files = gr.File(label="files", file_count="multiple")
-        see, plan, generate, lift = (gr.Button() for _ in range(4))
+        poses = gr.Radio(["commanded", "estimated"], value="commanded", label="poses")
+        triangles = gr.Number(MeshJob.triangles, label="triangles", precision=0)
+        formats = gr.CheckboxGroup(list(FORMATS), value=["glb", "usd"], label="formats")
+        see, plan, generate, lift, mesh, export = (gr.Button() for _ in range(6))
     see.click(api.see_photo, photo, [world, fov, depth, points], api_name="see_photo")
     plan.click(api.plan_path, [world, *path], [cameras, reason], api_name="plan_path")
     generate.click(api.generate, [world, *path, *video], files, api_name="generate", concurrency_limit=8)
-    lift.click(api.lift, world, files, api_name="lift", concurrency_limit=8)
+    lift.click(api.lift, [world, poses], files, api_name="lift", concurrency_limit=8)
+    mesh.click(api.mesh, [world, triangles], files, api_name="mesh", concurrency_limit=8)
+    export.click(api.export, [world, formats], files, api_name="export", concurrency_limit=8)

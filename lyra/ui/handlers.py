@@ -8,6 +8,7 @@ here; the tabs show them beside the control, the API reports them as its error.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,12 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 
-from lyra.config import CHUNK_FRAMES, GenerateJob
+from lyra.config import CHUNK_FRAMES, FormatName, GenerateJob, MeshJob
 from lyra.errors import UserError
+from lyra.export.gltf import write_mesh_glb
 from lyra.export.video import FRAMES_PER_SECOND
 from lyra.licences import Licence, accept, gated_models_allowed, require
+from lyra.lifting import read_surface
 from lyra.serving.jobs import APOLOGY, JobStatus
 from lyra.serving.studio import Studio
 from lyra.trajectory.clearance import check_clearance
@@ -31,6 +34,7 @@ from lyra.world import World
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.25
+WorldShape = Literal["splats", "mesh", "collider"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -153,13 +157,29 @@ class Handlers:
         """
         return self.studio.generate(world_id, self._job(world_id, path, video))
 
-    def lift(self, world_id: str) -> str:
+    def lift(self, world_id: str, poses: Literal["commanded", "estimated"] = "commanded") -> str:
         """Queue the lifting of a walkthrough to splats and return the id of its job.
 
         Raises:
             UserError: the world is gone or has no walkthrough yet, or too many jobs are waiting.
         """
-        return self.studio.lift(world_id)
+        return self.studio.lift(world_id, poses)
+
+    def mesh(self, world_id: str, triangles: float | None = MeshJob.triangles) -> str:
+        """Queue a world's surface and collider and return the id of the job.
+
+        Raises:
+            UserError: the world is gone or has no splats yet, or too many jobs are waiting.
+        """
+        return self.studio.mesh(world_id, int(number(triangles, "Triangles")))
+
+    def export(self, world_id: str, formats: Sequence[FormatName]) -> str:
+        """Queue a world's files in other formats and return the id of the job; a missing mesh is made first.
+
+        Raises:
+            UserError: the world is gone or has no splats yet, no format is chosen, or too many jobs are waiting.
+        """
+        return self.studio.export(world_id, formats)
 
     def follow(self, job_id: str | None) -> Iterator[JobStatus]:
         """The statuses of a job until it has ended; none for an unknown one."""
@@ -181,14 +201,37 @@ class Handlers:
             raise UserError((status.error if status else None) or "The job was cancelled.")
         return status.result
 
-    def view_splats(self, world: World) -> dict[str, Any]:
-        """Viewer value of a world's splats with the camera path."""
-        return viewer_value(splats=Path(published(world.scene_path)), cameras=world.cameras)
+    def view_world(self, world: World, shape: WorldShape = "splats") -> dict[str, Any]:
+        """Viewer value of a world's splats, surface or collider, with the camera path.
+
+        Raises:
+            UserError: the world has no mesh.
+        """
+        if shape == "splats":
+            return viewer_value(splats=Path(published(world.scene_path)), cameras=world.cameras)
+        if shape == "mesh":
+            return viewer_value(mesh=Path(published(world.mesh_path)), cameras=world.cameras, keep_view=True)
+        collider = self.studio.sessions.previews_of(world) / "collider.glb"
+        if not collider.exists() or collider.stat().st_mtime < world.collider_path.stat().st_mtime:
+            write_mesh_glb(collider, read_surface(world)[1])
+        return viewer_value(mesh=Path(published(collider)), wireframe=True, cameras=world.cameras, keep_view=True)
 
     def downloads(self, world: World) -> list[str]:
-        """The files of a world that are worth having."""
-        files = (world.scene_path, world.video_path, world.cameras_path, world.folder / "run.json")
-        return [published(path) for path in files if path.exists()]
+        """The files of a world that are worth having, and those that were written in other formats."""
+        names = (world.scene_path, world.packed_scene_path, world.mesh_path, world.collider_path)
+        files = [*names, world.video_path, world.cameras_path, world.folder / "run.json"]
+        return [published(path) for path in files if path.exists()] + self.exported(world)
+
+    def exported(self, world: World) -> list[str]:
+        """The files that were written in other formats; folders as zip archives."""
+        found = []
+        for path in sorted(world.exports.iterdir()) if world.exports.is_dir() else ():
+            file = path
+            if path.is_dir():
+                archive = self.studio.sessions.previews_of(world) / path.name
+                file = Path(shutil.make_archive(str(archive), "zip", path))
+            found.append(published(file))
+        return found
 
     def _job(self, world_id: str, path: PathChoice, video: VideoChoice) -> GenerateJob:
         return self.studio.job(

@@ -1,4 +1,4 @@
-"""The 3D view beside the tabs: a Gradio component that shows a point cloud or Gaussian splats and a camera path.
+"""The 3D view beside the tabs: a Gradio component that shows a point cloud, splats or a mesh, and a camera path.
 
 This file answers what is sent to the browser and in which form; how it is drawn is `frontend/src`, bundled into
 `assets/viewer/viewer.js`. It does not know where scenes come from, when a path is blocked, or what the tabs do.
@@ -29,9 +29,13 @@ class SceneFile(GradioModel):
     """A file the browser can draw."""
 
     file: FileData
-    """`splats`: an INRIA PLY or an SPZ of version 2 or 3. `points`: what
-    `lyra.export.ply.write_point_ply` writes. All in OpenCV axes."""
-    kind: Literal["splats", "points"]
+    """Each in the axes of its format, as the writers of `lyra.export` have it, because no file says which it is in.
+    `splats`: an INRIA PLY (OpenCV axes) or an SPZ of version 2 or 3 (y up, z backwards). `points`: what
+    `lyra.export.ply.write_point_ply` writes (OpenCV axes). `mesh`: a GLB of triangles with vertex colours (y up, z
+    backwards)."""
+    kind: Literal["splats", "points", "mesh"]
+    wireframe: bool = False
+    """Draw a mesh shaded and with its edges, instead of in its colours."""
 
 
 class ViewerPath(GradioModel):
@@ -69,6 +73,8 @@ def viewer_value(
     *,
     splats: Path | None = None,
     points: Path | None = None,
+    mesh: Path | None = None,
+    wireframe: bool = False,
     cameras: Cameras | None = None,
     blocked: list[bool] | None = None,
     start_pose: int = 0,
@@ -79,8 +85,11 @@ def viewer_value(
     """Build what a handler returns to a `WorldViewer`.
 
     Args:
-        splats: Gaussian scene file (.ply or .spz version 2 or 3). At most one of `splats` and `points` is given.
+        splats: Gaussian scene file of `lyra.export.ply.write_splat_ply` or `lyra.export.spz.write_spz`, or another one
+            in the same axes. At most one of `splats`, `points` and `mesh` is given.
         points: point cloud file of `lyra.export.ply.write_point_ply`.
+        mesh: triangle mesh of `lyra.export.gltf.write_mesh_glb`, or another GLB. At most 5 million triangles are shown.
+        wireframe: show the mesh's shape, shaded and with its edges, instead of its colours; for colliders.
         cameras: the walkthrough's camera path, drawn and playable; its `start_pose` is where the view starts.
         blocked: per camera whether something is in its way; such stretches are red.
         start_pose: index into `cameras`.
@@ -88,12 +97,14 @@ def viewer_value(
         keep_view: leave the visitor's eye where it is although the scene changes.
         overview: start behind and above the path, and draw the path through what is before it.
     """
-    if splats is not None and points is not None:
-        raise ValueError("a viewer shows splats or points, not both")
-    kind = "splats" if splats is not None else "points"
-    file = splats if splats is not None else points
+    files = {"splats": splats, "points": points, "mesh": mesh}
+    given = {kind: str(path) for kind, path in files.items() if path is not None}
+    if len(given) > 1:
+        raise ValueError(f"a viewer shows one scene, not {' and '.join(given)}")
+    if wireframe and mesh is None:
+        raise ValueError("only a mesh has a wireframe")
     return {
-        "scene": None if file is None else {"kind": kind, "path": str(file)},
+        "scene": next(({"kind": k, "path": path, "wireframe": wireframe} for k, path in given.items()), None),
         "path": None if cameras is None else _thinned_path(cameras, blocked, start_pose, fps) | {"overview": overview},
         "keep_view": keep_view,
     }
@@ -169,7 +180,11 @@ class WorldViewer(gr.HTML):
         """Handlers that take the viewer as an input get what `viewer_value` had built."""
         if payload is None:
             return None
-        scene = payload.scene and {"kind": payload.scene.kind, "path": payload.scene.file.path}
+        scene = payload.scene and {
+            "kind": payload.scene.kind,
+            "path": payload.scene.file.path,
+            "wireframe": payload.scene.wireframe,
+        }
         path = payload.path and payload.path.model_dump()
         return {"scene": scene, "path": path, "keep_view": payload.keep_view}
 
@@ -179,7 +194,8 @@ class WorldViewer(gr.HTML):
         scene = value.get("scene")
         return ViewerValue(
             lib=FileData(path=str(BUNDLE)),
-            scene=scene and SceneFile(file=FileData(path=scene["path"]), kind=scene["kind"]),
+            scene=scene
+            and SceneFile(file=FileData(path=scene["path"]), kind=scene["kind"], wireframe=scene["wireframe"]),
             path=value.get("path") and ViewerPath(**value["path"]),
             keep_view=value.get("keep_view", False),
         )

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import gradio as gr
 
+from lyra.config import FormatName
+from lyra.lifting import OF_MESH
 from lyra.serving.jobs import JobStatus
 from lyra.serving.studio import JobKind
 from lyra.ui.examples import Example
-from lyra.ui.handlers import Handlers, PathChoice, PhotoView, VideoChoice, attempt, published
+from lyra.ui.handlers import Handlers, PathChoice, PhotoView, VideoChoice, WorldShape, attempt, published
 from lyra.ui.licence_gate import OPERATOR_FIRST, LicenceGate
 from lyra.ui.stages import message, stage_list
 from lyra.ui.tab_camera import CameraTab, chooses_chunks, path_in_words
 from lyra.ui.tab_photo import PhotoTab
 from lyra.ui.tab_video import VideoTab
-from lyra.ui.tab_world import WorldTab
+from lyra.ui.tab_world import WorldTab, made_in_words
 from lyra.ui.viewer import WorldViewer
+from lyra.world import World
 
 Updates = dict[Any, Any]
 """New values or properties by component."""
@@ -103,16 +106,24 @@ class Page:
         started = attempt(self.handlers.generate, world_id, PathChoice(*path), VideoChoice(*video))
         return self._started(self.video, *started)
 
-    def start_lift(self, visit: Any) -> Updates:
+    def start_lift(self, visit: Any, poses: Literal["commanded", "estimated"]) -> Updates:
         """Lift was clicked."""
-        return self._started(self.world, *attempt(self.handlers.lift, read_visit(visit).get("world", "")))
+        return self._started(self.world, *attempt(self.handlers.lift, read_visit(visit).get("world", ""), poses))
+
+    def start_mesh(self, visit: Any, triangles: float | None) -> Updates:
+        """Make the mesh was clicked."""
+        return self._started(self.world, *attempt(self.handlers.mesh, read_visit(visit).get("world", ""), triangles))
+
+    def start_export(self, visit: Any, formats: list[FormatName]) -> Updates:
+        """Write the files was clicked."""
+        return self._started(self.world, *attempt(self.handlers.export, read_visit(visit).get("world", ""), formats))
 
     def watch_video(self, visit: Any, job_id: str | None) -> Iterator[Updates]:
         """Follow the walkthrough's job until it ends; the video appears with its first chunk."""
         tab, world_id = self.video, read_visit(visit).get("world", "")
         yield {tab.progress: gr.skip()}
         pictures = 0
-        for updates, status in self._watch(job_id, tab.progress, tab.generate, tab.cancel):
+        for updates, status in self._watch(job_id, tab.progress, [tab.generate], tab.cancel):
             if status.pictures > pictures and status.picture is not None:
                 pictures = status.pictures
                 updates[tab.video] = gr.update(value=published(status.picture), visible=True)
@@ -121,13 +132,15 @@ class Page:
             if updates:
                 yield updates
 
-    def watch_lift(self, visit: Any, job_id: str | None) -> Iterator[Updates]:
-        """Follow the lifting job until it ends; then the splats are in the viewer."""
+    def watch_world(self, visit: Any, job_id: str | None) -> Iterator[Updates]:
+        """Follow the job on splats, mesh or files until it ends; then what was made is in the viewer."""
         tab, world_id = self.world, read_visit(visit).get("world", "")
         yield {tab.progress: gr.skip()}
-        for updates, status in self._watch(job_id, tab.progress, tab.lift, tab.cancel):
+        for updates, status in self._watch(job_id, tab.progress, tab.starts, tab.cancel):
             if status.state == "done":
-                updates |= self._world_updates(world_id) | self.show_splats(visit)
+                made_mesh = any(stage.name == OF_MESH[-1] for stage in status.stages)
+                shape: WorldShape = "mesh" if made_mesh else "splats"
+                updates |= self._world_updates(world_id) | self.show_world(visit, shape) | {tab.shape: shape}
             if updates:
                 yield updates
 
@@ -135,17 +148,19 @@ class Page:
         """Cancel was clicked in tab 3."""
         return self._cancel(job_id, self.video.cancel)
 
-    def cancel_lift(self, job_id: str | None) -> Updates:
+    def cancel_world(self, job_id: str | None) -> Updates:
         """Cancel was clicked in tab 4."""
         return self._cancel(job_id, self.world.cancel)
 
-    def show_splats(self, visit: Any) -> Updates:
-        """Tab 4 was opened: the splats, if there are any."""
+    def show_world(self, visit: Any, shape: WorldShape) -> Updates:
+        """Tab 4 was opened or another shape chosen: the splats, the mesh or the collider, if there are any."""
         world, _ = attempt(self.handlers.studio.sessions.world, read_visit(visit).get("world"))
         if world is None or not world.scene_path.exists():
             return {self.viewer: gr.skip()}
-        value, _ = attempt(self.handlers.view_splats, world)
-        return {self.viewer: value or gr.skip()}
+        value, error = attempt(self.handlers.view_world, world, shape)
+        return {self.viewer: value or gr.skip()} | (
+            shown(self.world.progress, message(error, "error")) if error else {}
+        )
 
     def arrive(self, visit: Any) -> Iterator[Updates]:
         """The page was loaded, or its licence accepted: ask for the licence, or wait for the model and restore."""
@@ -179,7 +194,7 @@ class Page:
 
     @property
     def _long_work(self) -> tuple[tuple[VideoTab | WorldTab, JobKind], ...]:
-        return (self.video, "video"), (self.world, "lift")
+        return (self.video, "video"), (self.world, "world")
 
     def _choose(self, path: str, visit: Visit, credit: str | None) -> Iterator[Updates]:
         if (reason := self.licence.reason) is not None:
@@ -229,6 +244,17 @@ class Page:
             self.video.onward: gr.update(visible=done),
             self.world.tab: gr.Tab(interactive=done),
             self.world.downloads: gr.update(value=files or None, visible=bool(files)),
+            **(self._made(world) if world is not None else {}),
+        }
+
+    def _made(self, world: World) -> Updates:
+        """What can be done with a world that has splats, and what there is of it."""
+        tab, lifted = self.world, world.scene_path.exists()
+        run, _ = attempt(lambda: world.run)
+        return {
+            tab.made: gr.update(visible=lifted),
+            tab.shape: gr.update(visible=lifted and world.mesh_path.exists()),
+            **shown(tab.fact, made_in_words(run or {}) if lifted else ""),
         }
 
     def _settings(self, world_id: str) -> Updates:
@@ -263,7 +289,7 @@ class Page:
         return {tab.job: job_id, **shown(tab.progress, note)}
 
     def _watch(
-        self, job_id: str | None, progress: gr.HTML, start: gr.Button, cancel: gr.Button
+        self, job_id: str | None, progress: gr.HTML, starts: list[gr.Button], cancel: gr.Button
     ) -> Iterator[tuple[Updates, JobStatus]]:
         """Statuses of a job with the updates of its stage list and buttons; updates are empty when nothing changed."""
         before, buttons = None, None
@@ -275,7 +301,7 @@ class Page:
                 updates |= shown(progress, html)
             if status.ended != buttons:
                 buttons = status.ended
-                updates[start] = gr.update(interactive=status.ended)
+                updates |= {start: gr.update(interactive=status.ended) for start in starts}
                 updates[cancel] = gr.update(interactive=not status.ended, value="Cancel")
             yield updates, status
 
@@ -328,10 +354,15 @@ def connect(page: Page, app: gr.Blocks) -> None:
     start.then(page.watch_video, [*visit, video.job], everything, **watching)
     video.cancel.click(page.cancel_video, video.job, everything, **watching)
 
-    lift = world.lift.click(page.start_lift, visit, everything, **quick)
-    lift.then(page.watch_lift, [*visit, world.job], everything, **watching)
-    world.cancel.click(page.cancel_lift, world.job, everything, **watching)
-    world.tab.select(page.show_splats, visit, everything, **quick)
+    for button, begin, setting in (
+        (world.lift, page.start_lift, world.poses),
+        (world.mesh, page.start_mesh, world.triangles),
+        (world.export, page.start_export, world.formats),
+    ):
+        begun = button.click(begin, [*visit, setting], everything, **quick)
+        begun.then(page.watch_world, [*visit, world.job], everything, **watching)
+    world.cancel.click(page.cancel_world, world.job, everything, **watching)
+    gr.on([world.tab.select, world.shape.input], page.show_world, [*visit, world.shape], everything, **quick)
 
     for button, following in ((photo.onward, "camera"), (camera.onward, "video"), (video.onward, "world")):
         button.click(selecting(following), None, page.tabs, **quick)
@@ -340,7 +371,7 @@ def connect(page: Page, app: gr.Blocks) -> None:
     loaded = app.load(page.arrive, visit, everything, **watching)
     for arrived in (loaded, accepted.then(page.arrive, visit, everything, **watching)):
         arrived.then(page.watch_video, [*visit, video.job], everything, **watching)
-        arrived.then(page.watch_lift, [*visit, world.job], everything, **watching)
+        arrived.then(page.watch_world, [*visit, world.job], everything, **watching)
 
 
 def selecting(tab: str) -> Callable[[], gr.Tabs]:

@@ -1,14 +1,18 @@
 """Depth Anything 3 behind the project's two depth protocols, and the resizing before it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from recipe import fill_depth_anything, views
 
 from lyra.depth.depth_anything import DepthAnythingDepth, is_still, keep_apart
+from lyra.errors import UserError
 from lyra.geometry.rotations import axis_angle_to_matrix
-from lyra.models.depth_anything.config import BackboneConfig, DepthAnythingConfig, NestedDepthAnythingConfig
+from lyra.models.depth_anything.config import CONFIGS, BackboneConfig, DepthAnythingConfig, NestedDepthAnythingConfig
 from lyra.models.depth_anything.model import build, load_depth_anything
 from lyra.models.depth_anything.preprocess import nearest_multiple, prepare_pixels, resize_area, resize_cubic, to_bytes
+from lyra.models.depth_anything_folder import published_config
 from lyra.types import Cameras
 
 ANY_VIEW = DepthAnythingConfig(BackboneConfig(64, 5, 4, (1, 2, 3, 4), 1), 32, (8, 8, 16, 16))
@@ -154,6 +158,49 @@ def test_two_views_are_enough(nested):
 def test_a_monocular_network_refuses_cameras():
     with pytest.raises(ValueError, match="monocular"):
         backend(MONO).measure(frames(2), path(2), unseen(2))
+
+
+@pytest.mark.parametrize("size", [(60, 90), (1200, 1800)], ids=["enlarged", "shrunk"])
+def test_a_network_with_a_resolution_sees_every_image_at_it(size):
+    network = replace(backend(ANY_VIEW), resolution=126)
+    sizes = []
+    with network.model.register_forward_pre_hook(lambda module, inputs: sizes.append(tuple(inputs[0].shape[-2:]))):
+        prediction = network.predict(torch.nn.functional.interpolate(frames(1), size))
+        cameras = path(2).resized(*size)
+        depth = network.measure(
+            torch.nn.functional.interpolate(frames(2), size), cameras, torch.full((2, *size), torch.inf)
+        )
+    assert sizes == [(84, 126), (84, 126)]
+    assert prediction.depth.shape == (1, *size) and depth.shape == (2, *size) and depth.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("da3-small", "small"),
+        ("DA3-BASE", "base"),
+        ("da3-large", "large"),
+        ("da3-giant", "giant"),
+        ("da3mono-large", "mono-large"),
+        ("da3metric-large", "metric-large"),
+        ("da3nested-giant-large", "nested-giant-large"),
+    ],
+)
+def test_a_published_name_alone_gives_the_sizes(name, layout):
+    assert published_config({"model_name": name}) == CONFIGS[layout]
+
+
+def test_published_entries_that_change_no_shape_must_be_of_the_named_network():
+    giant = {"net": {"out_layers": [19, 27, 33, 39], "alt_start": 13}}
+    metric = {"net": {"out_layers": [4, 11, 17, 23], "alt_start": -1}}
+    nested = {"model_name": "da3nested-giant-large", "config": {"anyview": giant, "metric": metric}}
+    assert published_config(nested) == CONFIGS["nested-giant-large"]
+    assert published_config({"model_name": "da3mono-large", "config": metric}) == CONFIGS["mono-large"]
+    for config in ({"anyview": metric, "metric": metric}, {"anyview": giant, "metric": giant}):
+        with pytest.raises(UserError, match="layers are of another network"):
+            published_config(nested | {"config": config})
+    with pytest.raises(UserError, match="sizes may be: nested-giant-large"):
+        published_config({"model_name": "da2-small"})
 
 
 def area_by_hand(pixels, height, width):

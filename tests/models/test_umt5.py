@@ -2,8 +2,6 @@
 
 import json
 import math
-import shutil
-import socket
 
 import pytest
 import torch
@@ -84,7 +82,7 @@ def tokenizer_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encoder(model, tokenizer_folder) -> UMT5TextEncoder:
-    return UMT5TextEncoder(model, load_tokenizer(str(tokenizer_folder)), text_len=24)
+    return UMT5TextEncoder(model, load_tokenizer(tokenizer_folder), text_len=24)
 
 
 def bucket_of(offset: int) -> int:
@@ -228,7 +226,7 @@ def test_the_output_has_the_models_dtype(weights, encoder):
 
 
 def test_a_tokenizer_is_read_as_its_file_says_whatever_class_is_named(tokenizer_folder):
-    tokenizer = load_tokenizer(str(tokenizer_folder))
+    tokenizer = load_tokenizer(tokenizer_folder)
     expected = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     for text in ("a stone court", "moss, \u5ead", "a " * 50, ""):
         assert tokenizer(text)["input_ids"] == expected.encode(text).ids
@@ -236,34 +234,19 @@ def test_a_tokenizer_is_read_as_its_file_says_whatever_class_is_named(tokenizer_
     assert tokenizer.pad_token_id == 0
 
 
-def test_a_tokenizer_of_the_cache_is_found_by_its_id_without_a_network(tokenizer_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    revision = "0123456789012345678901234567890123456789"
-    repository = tmp_path / "models--google--umt5-xxl"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(revision)
-    shutil.copytree(tokenizer_folder, repository / "snapshots" / revision)
-    asked = []
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: asked.append(arguments))
-    tokenizer = load_tokenizer("google/umt5-xxl")
-    assert not asked
-    assert tokenizer("a stone")["input_ids"] == [5, 6, 1]
-
-
-def test_a_tokenizer_that_is_not_there_is_a_users_mistake(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for name in ("google/umt5-xxl", str(tmp_path), str(tmp_path / "nowhere" / "at" / "all"), "no such name"):
-        with pytest.raises(UserError, match=f"no tokenizer.json in a folder {name}"):
-            load_tokenizer(name)
+def test_a_tokenizer_that_is_not_there_is_a_users_mistake(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=r"no tokenizer\.json in"):
+            load_tokenizer(folder)
 
 
 def test_a_damaged_tokenizer_is_a_users_mistake(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model":')
     with pytest.raises(UserError, match="cannot be read"):
-        load_tokenizer(str(tmp_path))
+        load_tokenizer(tmp_path)
     Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="no padding token"):
-        load_tokenizer(str(tmp_path))
+        load_tokenizer(tmp_path)
 
 
 def test_the_negative_embedding_is_read_and_checked(tmp_path):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import trimesh
 from playwright.sync_api import Page, expect
 from plyfile import PlyData
 
@@ -121,14 +122,40 @@ def test_the_walkthrough_is_lifted_to_splats(visit: Visit) -> None:
     )
 
 
+def test_the_splats_become_a_mesh_with_a_collider(visit: Visit) -> None:
+    expect(visit.page.locator("#lyra-world-fact")).to_contain_text("splats")
+    expect(visit.page.locator("#lyra-shape")).to_be_hidden()
+    visit.button("Make the mesh").click()
+    assert visit.viewer("mesh")["triangles"] > 1000
+    expect(visit.page.locator("#lyra-world-fact")).to_contain_text("triangles, collider")
+    visit.page.locator("#lyra-shape").get_by_role("radio", name="Collider").check()
+    visit.page.wait_for_function(
+        "() => document.querySelector('.lyra-viewer').lyraViewer.probe().triangles < 25000", polling=1000
+    )
+    visit.page.locator("#lyra-shape").get_by_role("radio", name="Splats").check()
+    assert visit.viewer("splats")["splats"] > 1000
+
+
+def test_the_chosen_formats_are_written(visit: Visit) -> None:
+    formats = visit.page.locator("#lyra-formats")
+    formats.get_by_role("checkbox", name="nerfstudio:").check()
+    visit.button("Write the files").click()
+    expect(visit.page.locator("#lyra-downloads a")).to_have_count(11)
+
+
 def test_the_worlds_files_can_be_downloaded(visit: Visit) -> None:
     links = visit.page.locator("#lyra-downloads a")
-    expect(links).to_have_count(4)
     files = {Path(link).name: link for link in (link.get_attribute("href") or "" for link in links.all())}
-    assert sorted(files) == ["cameras.npz", "run.json", "scene.ply", "walkthrough.mp4"]
+    assert set(files) == {
+        "cameras.npz", "run.json", "scene.ply", "scene.spz", "walkthrough.mp4", "mesh.glb", "collider.obj",
+        "scene.usdc", "nerfstudio.zip",
+    }  # fmt: skip
     bodies = {name: visit.page.request.get(link).body() for name, link in files.items()}
     assert len(PlyData.read(io.BytesIO(bodies["scene.ply"]))["vertex"]) > 1000
     assert len(np.load(io.BytesIO(bodies["cameras.npz"]))["w2c"]) == 81
+    assert trimesh.load(io.BytesIO(bodies["mesh.glb"]), "glb").area > 0
+    assert trimesh.load(io.BytesIO(bodies["collider.obj"]), "obj").area > 0
+    assert bodies["scene.usdc"][:8] == b"PXR-USDC"
     assert bodies["walkthrough.mp4"][4:8] == b"ftyp"
     assert b'"status": "finished"' in bodies["run.json"]
 

@@ -21,7 +21,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 from plyfile import PlyData
 
-from lyra.config import GenerateJob
+from lyra.config import GenerateJob, ReconstructJob
 from lyra.depth.base import SKY_DEPTH, intrinsics_from_fov
 from lyra.errors import UserError
 from lyra.export.ply import write_splat_ply
@@ -80,13 +80,14 @@ class StandIn:
         world.write_run({"status": "finished", "job": job.to_json()})
         return world
 
-    def reconstruct(self, world: Any, progress: Progress) -> None:
+    def reconstruct(self, world: Any, job: ReconstructJob, progress: Progress) -> None:
         progress.enter("Lift to splats")
         n = 10
         quats = torch.tensor([1.0, 0, 0, 0]).expand(n, 4)
         sh = torch.zeros(n, 1, 3)
         scene = GaussianScene(torch.rand(n, 3), quats, torch.full((n, 3), 0.1), torch.full((n,), 0.9), sh)
         write_splat_ply(world.scene_path, scene)
+        world.write_run(world.run | {"reconstruct": {"poses": job.poses, "splats": n}})
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +126,11 @@ def handlers(tmp_path: Path, serve_app: Callable[..., str]) -> Iterator[Handlers
     jobs.close()
 
 
-def test_other_programs_see_four_endpoints_and_nothing_of_the_page(client: Client) -> None:
+def test_other_programs_see_six_endpoints_and_nothing_of_the_page(client: Client) -> None:
     endpoints = client.view_api(return_format="dict")
-    assert sorted(endpoints["named_endpoints"]) == ["/generate", "/lift", "/plan_path", "/see_photo"]
+    assert sorted(endpoints["named_endpoints"]) == [
+        "/export", "/generate", "/lift", "/mesh", "/plan_path", "/see_photo",
+    ]  # fmt: skip
     assert endpoints["unnamed_endpoints"] == {}
 
 
@@ -230,14 +233,15 @@ def test_a_world_is_generated_and_lifted(client: Client, seen: SimpleNamespace, 
     job = json.loads(run)["job"]
     assert (job["photo"], job["chunks"], job["seed"], job["prompt"]) == ("photo.png", 2, 7, "a garden")
     assert str(worlds) not in run
-    lifted = {Path(path).name: path for path in client.predict(seen.world, api_name="/lift")}
+    lifted = {Path(path).name: path for path in client.predict(seen.world, "estimated", api_name="/lift")}
+    assert json.loads(Path(lifted["run.json"]).read_text())["reconstruct"]["poses"] == "estimated"
     assert len(PlyData.read(lifted["scene.ply"])["vertex"]) == 10
 
 
 @pytest.mark.parametrize("world", ["", "../../etc", f"{'0' * 32}-{'0' * 16}"])
 def test_an_unknown_world_is_refused_in_a_sentence(client: Client, world: str) -> None:
     with pytest.raises(AppError, match="choose the photo again"):
-        client.predict(world, api_name="/lift")
+        client.predict(world, "commanded", api_name="/lift")
 
 
 def test_only_what_was_handed_out_can_be_fetched(url: str, seen: SimpleNamespace, worlds: Path) -> None:
@@ -260,7 +264,7 @@ def test_a_job_can_be_followed_and_its_numbers_are_exact(handlers: Handlers, pho
     path = PathChoice("pan-left", 1, 2)
     job_id = handlers.generate(world_id, path, VideoChoice(guidance_scale=2, sampler="full", steps=20))
     assert handlers.studio.latest_job(world_id, "video") == job_id, "so a reloaded page finds it"
-    assert handlers.studio.latest_job(world_id, "lift") is None
+    assert handlers.studio.latest_job(world_id, "world") is None
     statuses = list(handlers.follow(job_id))
     assert statuses[-1].state == "done" and statuses[-1].pictures == 2
     job = handlers.finished(job_id).run["job"]
@@ -273,9 +277,25 @@ def test_splats_of_an_old_walkthrough_do_not_stay_with_a_new_one(handlers: Handl
     world = handlers.finished(handlers.generate(world_id, PathChoice("pan-left"), VideoChoice()))
     handlers.finished(handlers.lift(world_id))
     assert next(Path(path).name for path in handlers.downloads(world)) == "scene.ply"
-    assert handlers.view_splats(world)["scene"]["kind"] == "splats"
+    assert handlers.view_world(world)["scene"]["kind"] == "splats"
+    handlers.finished(handlers.export(world_id, ["spz", "splat"]))
+    names = {Path(path).name for path in handlers.downloads(world)}
+    assert {"scene.ply", "scene.spz", "scene.splat"} <= names
     handlers.finished(handlers.generate(world_id, PathChoice("pan-right"), VideoChoice()))
-    assert not world.scene_path.exists()
+    assert not world.scene_path.exists() and not world.exports.exists()
+
+
+def test_mesh_and_files_need_splats_and_a_format(handlers: Handlers, photo: Path) -> None:
+    world_id = handlers.see_photo(str(photo)).world_id
+    handlers.finished(handlers.generate(world_id, PathChoice("pan-left"), VideoChoice()))
+    for request in (lambda: handlers.mesh(world_id), lambda: handlers.export(world_id, ["spz"])):
+        with pytest.raises(UserError, match="no splats yet; lift the walkthrough first"):
+            request()
+    handlers.finished(handlers.lift(world_id))
+    with pytest.raises(UserError, match="No format is chosen"):
+        handlers.export(world_id, [])
+    with pytest.raises(UserError, match="--triangles is 3"):
+        handlers.mesh(world_id, 3)
 
 
 @pytest.mark.parametrize(
