@@ -91,7 +91,7 @@ def make_collider(
     *,
     up: Float[Tensor, "3"] | None = None,
     max_faces: int = 20_000,
-    margin: float = 1.5,
+    margin: float = 2.5,
 ) -> Collider:
     """A collider from the visible surface and the cameras that saw it.
 

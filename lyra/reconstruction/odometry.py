@@ -65,21 +65,15 @@ def estimate_cameras(
         UserError: there are fewer than two frames, or no usable depth.
         ValueError: intrinsics or guess are of another number of frames.
     """
+    keyframes = usable_keyframes(frames, depths)
     count = len(frames)
-    if count < 2:
-        raise UserError("Camera poses follow from at least two frames, so give a longer video.")
-    known = sorted(i for i, depth in depths.items() if 0 <= i < count and bool(usable_depth(depth).any()))
-    if not known:
-        raise UserError("Camera poses need the depth of at least one frame of the video, so measure depth first.")
     if guess is not None and len(guess) != count:
         raise ValueError(f"{count} frames cannot have {len(guess)} cameras")
     if intrinsics.ndim == 3 and len(intrinsics) != count:
         raise ValueError(f"{count} frames cannot have {len(intrinsics)} pinhole matrices")
-    if len(known) > MOST_KEYFRAMES:
-        known = [known[round(place)] for place in np.linspace(0, len(known) - 1, MOST_KEYFRAMES)]
     pinholes = intrinsics.expand(count, 3, 3)
     prior = None if guess is None else guess.w2c.detach().double().cpu().numpy()
-    odometry = Odometry(FrameStore(frames, pinholes, depths), count, known, prior, check)
+    odometry = Odometry(FrameStore(frames, pinholes, depths), count, keyframes, prior, check)
     odometry.run()
     trusted = odometry.trusted()
     if not trusted.all():
@@ -97,3 +91,19 @@ def estimate_cameras(
         inlier_share=torch.tensor([0.0 if a is None else a.inlier_share for a in best], device=frames.device),
         trusted=torch.from_numpy(trusted).to(frames.device),
     )
+
+
+def usable_keyframes(frames: UInt8[Tensor, "t 3 h w"], depths: Mapping[int, Float[Tensor, "h2 w2"]]) -> list[int]:
+    """Frames whose depth says something, thinned out evenly where there are very many.
+
+    Raises:
+        UserError: there are fewer than two frames, or no usable depth.
+    """
+    if len(frames) < 2:
+        raise UserError("Camera poses follow from at least two frames, so give a longer video.")
+    ids = sorted(i for i, depth in depths.items() if 0 <= i < len(frames) and bool(usable_depth(depth).any()))
+    if not ids:
+        raise UserError("Camera poses need the depth of at least one frame of the video, so measure depth first.")
+    if len(ids) > MOST_KEYFRAMES:
+        ids = [ids[round(place)] for place in np.linspace(0, len(ids) - 1, MOST_KEYFRAMES)]
+    return ids

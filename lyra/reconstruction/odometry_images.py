@@ -24,7 +24,7 @@ SMALLEST_SIDE = 12
 MOST_LEVELS = 5
 MOST_POINTS = 9000
 """About how many points a level has at most; cells are as large as that asks for."""
-WEAKEST_GRADIENT = 0.015
+WEAKEST_GRADIENT = 0.004
 """Change of brightness (0 to 1) per pixel below which a pixel says nothing about motion."""
 BEND = 0.10
 """Depth belongs to an edge where inverse depth bends by more than this share of itself."""
@@ -90,7 +90,8 @@ class FrameStore:
     ) -> None:
         self._frames, self._depths = frames, depths
         self._intrinsics = intrinsics.detach().double().cpu().numpy()
-        self._sizes = level_sizes(frames.shape[-2], frames.shape[-1])
+        self._frame_size = (frames.shape[-2], frames.shape[-1])
+        self._sizes = level_sizes(*self._frame_size)
         self._pyramids: dict[int, tuple[Level, ...]] = {}
         self._references: dict[int, Reference] = {}
 
@@ -98,12 +99,6 @@ class FrameStore:
     def level_count(self) -> int:
         """Levels of every frame."""
         return len(self._sizes)
-
-    @property
-    def _frame_size(self) -> tuple[int, int]:
-        """Height and width of the frames."""
-        height, width = self._frames.shape[-2:]
-        return height, width
 
     @property
     def finest_size(self) -> tuple[int, int]:
@@ -149,8 +144,8 @@ class FrameStore:
     def _make_reference(self, frame: int) -> Reference:
         inverse, usable = inverse_depth(self._depths[frame])
         levels = [
-            strongest_points(level, *grown_inverse_depth(inverse, usable, level.image.shape))
-            for level in self.pyramid(frame)
+            strongest_points(level, *grown_inverse_depth(inverse, usable, size))
+            for level, size in zip(self.pyramid(frame), self._sizes, strict=True)
         ]
         depth = levels[0].points[:, 2].astype(np.float64)
         return Reference(tuple(levels), float(1 / (1 / depth).mean()) if len(depth) else 1.0)

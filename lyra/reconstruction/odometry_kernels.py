@@ -12,6 +12,14 @@ NEAREST = 1e-3
 """Points nearer to the camera plane than this are not seen, in scene units."""
 
 
+@numba.njit(cache=True, nogil=True, inline="always")
+def _sample(image: np.ndarray, row: int, column: int, right: float, down: float) -> float:
+    """Bilinear value between a pixel, the one to its right and the two below."""
+    above = (1.0 - right) * image[row, column] + right * image[row, column + 1]
+    below = (1.0 - right) * image[row + 1, column] + right * image[row + 1, column + 1]
+    return (1.0 - down) * above + down * below
+
+
 @numba.njit(cache=True, nogil=True)
 def warp_residuals(
     points: np.ndarray,
@@ -49,30 +57,12 @@ def warp_residuals(
             continue
         column, row = int(u), int(v)
         right, down = u - column, v - row
-        w00, w01 = (1.0 - right) * (1.0 - down), right * (1.0 - down)
-        w10, w11 = (1.0 - right) * down, right * down
-        brightness = (
-            w00 * image[row, column]
-            + w01 * image[row, column + 1]
-            + w10 * image[row + 1, column]
-            + w11 * image[row + 1, column + 1]
-        )
-        gx = (
-            w00 * gradient_x[row, column]
-            + w01 * gradient_x[row, column + 1]
-            + w10 * gradient_x[row + 1, column]
-            + w11 * gradient_x[row + 1, column + 1]
-        )
-        gy = (
-            w00 * gradient_y[row, column]
-            + w01 * gradient_y[row, column + 1]
-            + w10 * gradient_y[row + 1, column]
-            + w11 * gradient_y[row + 1, column + 1]
-        )
+        gx = _sample(gradient_x, row, column, right, down)
+        gy = _sample(gradient_y, row, column, right, down)
         a, b = gx * fx / z, gy * fy / z
         c = -(a * x + b * y) / z
         seen[count] = p
-        residuals[count] = brightness - gain * values[p] - bias
+        residuals[count] = _sample(image, row, column, right, down) - gain * values[p] - bias
         jacobian[count, 0], jacobian[count, 1], jacobian[count, 2] = a, b, c
         jacobian[count, 3], jacobian[count, 4], jacobian[count, 5] = y * c - z * b, z * a - x * c, x * b - y * a
         jacobian[count, 6], jacobian[count, 7] = -values[p], -1.0

@@ -197,7 +197,7 @@ class Odometry:
 
     def revisited(self, frame: int, older: Sequence[int]) -> list[int]:
         """The oldest keyframe that shows much of the same place from nearby, and the one that shows the most of it."""
-        shares = {}
+        shares: dict[int, float] = {}
         centre = inverse(self.w2c[frame])[:3, 3]
         for other in older:
             distance = float(np.linalg.norm(inverse(self.w2c[other])[:3, 3] - centre))

@@ -21,7 +21,7 @@ from lyra.reconstruction.tsdf import Contraction, SparseTsdf
 from lyra.reconstruction.tsdf_kernels import BLOCK, joined, least_area
 from lyra.types import TriangleMesh
 
-MIN_DISTANCE = 0.01
+MIN_DISTANCE = 1e-3
 """Distances nearer to 0, in voxels, are moved there: a vertex on a voxel would make triangles without area."""
 
 _logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def _finish(triangles: _Triangles, space: Contraction | None) -> TriangleMesh:
 def _clean(triangles: _Triangles, settings: SurfaceSettings) -> _Triangles:
     """Pieces, holes and decimation, in this order: a scrap's border is no hole, and few triangles hide small holes."""
     raw = len(triangles.faces)
-    triangles = split_touching(largest_pieces(triangles, settings.min_component_share))
+    triangles = largest_pieces(triangles, settings.min_component_share)
     triangles = close_holes(triangles, settings.max_hole_edges)
     triangles = decimate(triangles, settings.max_faces)
     _logger.info("surface of %d triangles, %d before cleaning", len(triangles.faces), raw)
@@ -297,22 +297,6 @@ def _keep_faces(triangles: _Triangles, keep: np.ndarray) -> _Triangles:
     return _Triangles(triangles.vertices[used], faces.reshape(-1, 3).astype(np.int64), triangles.colours[used])
 
 
-def split_touching(triangles: _Triangles) -> _Triangles:
-    """The same surface with a vertex of its own for each of the fans that only touch at a point.
-
-    Afterwards the border of a hole passes a vertex once, and can be followed.
-    """
-    opposite = opposite_half_edges(triangles.faces)
-    one = np.flatnonzero(opposite > np.arange(len(opposite)))
-    other = opposite[one]
-    ahead = one - one % 3 + (one + 1) % 3
-    other_ahead = other - other % 3 + (other + 1) % 3
-    pairs = np.concatenate([np.stack([one, other_ahead], 1), np.stack([ahead, other], 1)])
-    root, corner = np.unique(joined(pairs, len(opposite)), return_inverse=True)
-    source = triangles.faces.reshape(-1)[root]
-    return _Triangles(triangles.vertices[source], corner.reshape(-1, 3).astype(np.int64), triangles.colours[source])
-
-
 def close_holes(triangles: _Triangles, max_edges: int) -> _Triangles:
     """Holes with a border of at most `max_edges` edges closed by the triangles of least area between its vertices.
 
@@ -344,18 +328,34 @@ def _pair_keys(a: np.ndarray, b: np.ndarray, count: int) -> np.ndarray:
 
 
 def _border_loops(faces: Int64[np.ndarray, "f 3"], max_edges: int) -> list[Int64[np.ndarray, "n"]]:
-    """Half-edges of each closed border of 3 to `max_edges` edges, in order."""
-    border = np.flatnonzero(opposite_half_edges(faces) < 0)
-    start, end = faces.reshape(-1)[border], np.roll(faces, -1, axis=1).reshape(-1)[border]
-    following = dict(zip(start.tolist(), zip(end.tolist(), border.tolist(), strict=True), strict=True))
+    """Half-edges of each border of 3 to `max_edges` edges that passes no vertex twice, in order.
+
+    Where holes touch in a vertex, its faces are several fans; a hole lies between the end of one and the start of the
+    next, which for two fans is the other one.
+    """
+    opposite = opposite_half_edges(faces)
+    one = np.flatnonzero(opposite > np.arange(len(opposite)))
+    other = opposite[one]
+    ahead = np.arange(len(opposite)).reshape(-1, 3)[:, [1, 2, 0]].reshape(-1)
+    fan = joined(np.concatenate([np.stack([one, ahead[other]], 1), np.stack([ahead[one], other], 1)]), len(opposite))
+    vertex, border = faces.reshape(-1), np.flatnonzero(opposite < 0)
+    leaving: dict[int, list[int]] = {}
+    for half_edge in border.tolist():
+        leaving.setdefault(int(vertex[half_edge]), []).append(half_edge)
+    following: dict[int, int] = {}
+    for half_edge in border.tolist():
+        out = leaving.get(int(vertex[ahead[half_edge]]), [])
+        own = [i for i, candidate in enumerate(out) if fan[candidate] == fan[ahead[half_edge]]]
+        if own:
+            following[half_edge] = out[(own[0] + 1) % len(out)]
     loops = []
     while following:
-        first, (vertex, half_edge) = following.popitem()
-        loop = [half_edge]
-        while vertex in following:
-            vertex, half_edge = following.pop(vertex)
+        first, half_edge = following.popitem()
+        loop = [first]
+        while half_edge in following:
             loop.append(half_edge)
-        if vertex == first and 3 <= len(loop) <= max_edges:
+            half_edge = following.pop(half_edge)
+        if half_edge == first and 3 <= len(loop) <= max_edges and len(np.unique(vertex[loop])) == len(loop):
             loops.append(np.array(loop))
     return loops
 

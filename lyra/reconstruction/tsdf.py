@@ -7,7 +7,9 @@ Far surfaces would need most voxels of a uniform grid, and depth is only known t
 uniform around the path and logarithmic outside: a point at distance r > R from the path's centre is put at
 R (1 + ln(r / R)), which makes voxels grow with r as pixels' footprints and depth errors do. One grid in that space
 replaces levels of grids, whose borders would have to be sewn, and a largest depth, beyond which the world would end.
-On a street seen up to 190 m, 1.5 pixels a voxel, 21 views: 34 times fewer blocks than a uniform grid.
+Measured with 21 procedural views of 480x832 and voxels of 1.5 pixels: a street takes 48,000 blocks where a uniform grid
+takes 218,000, a room with a window 96,000 and not 1,356,000; uniform grids that end at 4 R still take 1.6 to 1.8 times
+as many as the whole.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from lyra.reconstruction.tsdf_kernels import BLOCK
 MAX_DEPTH = 200.0
 """Depth in scene units from which on a pixel shows the sky."""
 MAX_BLOCKS = 16_384
-"""Blocks of a field at most: 24 bytes for each of its 8.4 million voxels are 200 MB while fusing."""
+"""Blocks of a field at most: 24 bytes for each of their 8.4 million voxels are 200 MB while fusing."""
 TRUNCATION_VOXELS = 4.0
 FOOTPRINT_VOXEL = 1.0
 """Side of the finest voxel, in pixels of a surface at the radius of the uniform space; finer ones repeat pixels."""
@@ -38,7 +40,6 @@ NEAR_QUANTILE = 0.25
 """The uniform space reaches this quantile of depth beyond the path."""
 JUMP_SHARE = 0.05
 """Neighbouring pixels whose depths differ by more than this share are on one surface only if it is a steep plane."""
-
 MIN_COSINE = 0.05
 """A surface turned further than this (87 degrees) from the viewing ray is not measured by its pixel."""
 
@@ -58,6 +59,17 @@ class DepthFrame:
     """In pixels, pixel centres at integers."""
     weight: Float[Tensor, "h w"] | None = None
     """Trust in each pixel; those of 0 are left out. All are trusted alike when there is none."""
+
+    def __post_init__(self) -> None:
+        shapes = {
+            self.depth.shape,
+            self.colour.shape[1:],
+            self.depth.shape if self.weight is None else self.weight.shape,
+        }
+        if len(shapes) > 1:
+            raise ValueError(
+                f"depth, colour and weight of a frame must have one size, not {sorted(map(tuple, shapes))}"
+            )
 
 
 @dataclass(frozen=True)
@@ -132,7 +144,7 @@ def fuse(
     A pixel counts with its weight times the cosine of its grazing angle over its squared depth, and only within the
     truncation on both sides of its surface: what a view looks through is not carved. Distance is measured across the
     surface and not along the ray, or a floor seen at a grazing angle would be thinner than a voxel. Pixels at depth
-    jumps are left out. Frames are read twice, one at a time, so the sequence may load them when asked.
+    jumps are left out. Frames are read several times but one at a time, so the sequence may load them when asked.
 
     Args:
         frames: views of one world, of any sizes.
@@ -155,10 +167,9 @@ def fuse(
         blocks = _allocate(frames, space, size, reach, max_depth, max_blocks)
         if blocks is not None:
             break
-        if not chosen:
-            coarser = choose_voxel(frames, max_blocks, space=space, max_depth=max_depth)
+        if not chosen or size > space.radius:
             raise UserError(
-                f"A voxel of {size:g} needs more than {max_blocks} blocks of memory; choose {coarser:.2g} or more."
+                f"A voxel of {size:.3g} needs more than {max_blocks} blocks of memory; choose a larger voxel."
             )
         size *= 1.1
     if len(blocks) == 0:
@@ -208,9 +219,7 @@ def choose_voxel(
     space = space or choose_space(frames, max_depth)
     focal = float(np.median([frame.intrinsics[0, 0].item() for frame in frames]))
     finest = FOOTPRINT_VOXEL * space.radius / focal
-    sample = list(frames[::4])
-    if (len(frames) - 1) % 4:
-        sample.append(frames[-1])
+    sample = [frames[i] for i in sorted({*range(0, len(frames), 4), len(frames) - 1})]
     planned = max(int(0.8 * max_blocks), 1)
     voxel = finest
     for _ in range(12):

@@ -219,10 +219,11 @@ class Handlers:
     def downloads(self, world: World) -> list[str]:
         """The files of a world that are worth having, and those that were written in other formats."""
         names = (world.scene_path, world.packed_scene_path, world.mesh_path, world.collider_path)
-        files = [*names, world.video_path, world.cameras_path, world.folder / "run.json"]
-        return [published(path) for path in files if path.exists()] + self.exported(world)
+        files = [*names, world.video_path, world.cameras_path, world.folder / "run.json", *self.exported(world)]
+        # Some exports are what the world has anyway, and are listed once.
+        return [published(path) for path in {path.name: path for path in files if path.exists()}.values()]
 
-    def exported(self, world: World) -> list[str]:
+    def exported(self, world: World) -> list[Path]:
         """The files that were written in other formats; folders as zip archives."""
         found = []
         for path in sorted(world.exports.iterdir()) if world.exports.is_dir() else ():
@@ -230,7 +231,7 @@ class Handlers:
             if path.is_dir():
                 archive = self.studio.sessions.previews_of(world) / path.name
                 file = Path(shutil.make_archive(str(archive), "zip", path))
-            found.append(published(file))
+            found.append(file)
         return found
 
     def _job(self, world_id: str, path: PathChoice, video: VideoChoice) -> GenerateJob:

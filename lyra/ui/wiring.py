@@ -14,7 +14,7 @@ from typing import Any, Literal
 import gradio as gr
 
 from lyra.config import FormatName
-from lyra.lifting import OF_MESH
+from lyra.lifting import OF_MESH, OF_RECONSTRUCTION
 from lyra.serving.jobs import JobStatus
 from lyra.serving.studio import JobKind
 from lyra.ui.examples import Example
@@ -138,9 +138,14 @@ class Page:
         yield {tab.progress: gr.skip()}
         for updates, status in self._watch(job_id, tab.progress, tab.starts, tab.cancel):
             if status.state == "done":
-                made_mesh = any(stage.name == OF_MESH[-1] for stage in status.stages)
-                shape: WorldShape = "mesh" if made_mesh else "splats"
-                updates |= self._world_updates(world_id) | self.show_world(visit, shape) | {tab.shape: shape}
+                updates |= self._world_updates(world_id)
+                made = {stage.name for stage in status.stages if stage.state == "done"}
+                shape: WorldShape | None = "mesh" if OF_MESH[-1] in made else None
+                if shape is None and OF_RECONSTRUCTION[-1] in made:
+                    shape = "splats"
+                if shape is not None:
+                    updates |= self.show_world(visit, shape)
+                    updates[tab.shape] |= {"value": shape}
             if updates:
                 yield updates
 

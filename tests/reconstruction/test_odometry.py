@@ -144,9 +144,10 @@ def test_brightness_that_changes_with_each_frame_does_no_harm():
 
 def test_the_same_video_gives_the_same_cameras_whatever_is_kept_in_memory(monkeypatch):
     truth = walk("village", 1)
-    first, second = (estimate_cameras(truth.frames, truth.every(4), truth.intrinsics, check=ignore) for _ in range(2))
+    frames, depths = truth.frames[:13], {i: truth.depths[i] for i in (0, 4, 8, 12)}
+    first, second = (estimate_cameras(frames, depths, truth.intrinsics, check=ignore) for _ in range(2))
     monkeypatch.setattr(odometry_images, "KEPT_FRAMES", 2)
-    third = estimate_cameras(truth.frames, truth.every(4), truth.intrinsics, check=ignore)
+    third = estimate_cameras(frames, depths, truth.intrinsics, check=ignore)
     assert torch.equal(first.cameras.w2c, second.cameras.w2c)
     assert torch.equal(first.cameras.w2c, third.cameras.w2c)
 
@@ -286,7 +287,7 @@ def test_a_loop_takes_the_drift_out_and_a_wrong_motion_is_outvoted():
 
     def edge(source: int, target: int, noise: float) -> Edge:
         pose = exponential(noise * rng.normal(size=6)) @ truth[target] @ inverse(truth[source])
-        return Edge(source, target, pose, np.eye(6) * 1e4)
+        return Edge(source, target, pose, np.eye(6) / noise**2)
 
     chain = [edge(i, i + 1, 0.02) for i in range(count - 1)]
     loops = [edge(0, i, 0.001) for i in (4, 8, 11)]
@@ -295,12 +296,14 @@ def test_a_loop_takes_the_drift_out_and_a_wrong_motion_is_outvoted():
     for item in chain:
         drifted.append(item.pose @ drifted[-1])
     fixed = np.arange(count) == 0
+    clean = optimise_poses(np.array(drifted), [*chain, *loops], fixed)
     settled = optimise_poses(np.array(drifted), [*chain, *loops, wrong], fixed)
 
     def error(poses: np.ndarray) -> float:
         return max(float(np.linalg.norm(logarithm(a @ inverse(b)))) for a, b in zip(poses, truth, strict=True))
 
-    assert error(settled) < 0.06 < 0.5 * error(np.array(drifted))
+    assert error(clean) < 0.4 * error(np.array(drifted))
+    assert error(settled) == pytest.approx(error(clean), abs=0.005)
     assert np.array_equal(settled[0], np.eye(4))
     assert connected(0, chain[:5], count).tolist() == [True] * 6 + [False] * 6
     assert not connected(0, chain[3:], count).any()
@@ -332,6 +335,5 @@ def test_an_outline_has_the_depth_of_what_is_in_front():
     ramp = torch.linspace(0.1, 0.5, 40).expand(24, 40)
     plane, plain = grown_inverse_depth(*inverse_depth(1 / ramp), (48, 80))
     assert plain[4:-4, 4:-4].all()
-    torch.testing.assert_close(
-        plane[20, 10:70], F.interpolate(ramp[None, None], (48, 80), mode="bilinear")[0, 0, 20, 10:70]
-    )
+    larger = F.interpolate(ramp[None, None], (48, 80), mode="bilinear")[0, 0]
+    torch.testing.assert_close(plane[20, 10:70], larger[20, 10:70])

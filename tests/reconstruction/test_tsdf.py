@@ -298,7 +298,7 @@ def test_near_views_count_more_than_far_ones() -> None:
 
     # The far view is wrong by two voxels.
     near, far = shoot(wall(3.0), np.eye(4)), shoot(wall(3.1), look_at(np.array([0, 0, -6.0]), np.array([0, 0, 3.0])))
-    points, distance = near_zero(fuse([near, far], voxel=0.05), uniform=True)
+    points, distance = near_zero(fuse([near, far], voxel=0.05), uniform=False)
     twice_seen = (np.abs(points[:, :2]) < 0.8).all(1)
     surface = np.median((points[:, 2] + distance)[twice_seen])
     # Weights are 1/9 and 1/81.

@@ -140,7 +140,7 @@ def test_the_chosen_formats_are_written(visit: Visit) -> None:
     formats = visit.page.locator("#lyra-formats")
     formats.get_by_role("checkbox", name="nerfstudio:").check()
     visit.button("Write the files").click()
-    expect(visit.page.locator("#lyra-downloads a")).to_have_count(11)
+    expect(visit.page.locator("#lyra-downloads a")).to_have_count(9)
 
 
 def test_the_worlds_files_can_be_downloaded(visit: Visit) -> None:
