@@ -31,12 +31,12 @@ from lyra.geometry.resample import enlarge_depth
 from lyra.progress import Progress
 from lyra.reconstruction.base import Reconstruction, Reconstructor, Walkthrough
 from lyra.reconstruction.collider import Collider, make_collider, walkable
-from lyra.reconstruction.odometry import estimate_cameras
+from lyra.reconstruction.odometry import EstimatedCameras, estimate_cameras
 from lyra.reconstruction.pose_report import compare_cameras
 from lyra.reconstruction.rasterizer import choose_renderer
 from lyra.reconstruction.surface import SurfaceSettings, extract_surface
 from lyra.reconstruction.tsdf import DepthFrame, fuse
-from lyra.types import Cameras, GaussianScene, TriangleMesh
+from lyra.types import GaussianScene, TriangleMesh
 from lyra.world import World
 
 ESTIMATE = "Estimate cameras"
@@ -77,7 +77,9 @@ def reconstruct(
         told = walkthrough
         if job.poses == "estimated" and job.reconstructor != "depth-anything":
             progress.enter(ESTIMATE)
-            told = replace(walkthrough, cameras=estimated_cameras(walkthrough, progress))
+            found = estimated_cameras(walkthrough, progress)
+            told = replace(walkthrough, cameras=found.cameras)
+            notes["trusted_poses"] = round(float(found.trusted.float().mean()), 3)
         elif job.poses == "estimated":
             told = replace(walkthrough, cameras=None)
         progress.enter("Lift to splats")
@@ -115,15 +117,14 @@ def read_walkthrough(world: World) -> Walkthrough:
     return Walkthrough(frames, cameras, world.depth)
 
 
-def estimated_cameras(walkthrough: Walkthrough, progress: Progress) -> Cameras:
+def estimated_cameras(walkthrough: Walkthrough, progress: Progress) -> EstimatedCameras:
     """Cameras found in the video, with the commanded ones as a guess."""
     guess = walkthrough.cameras
     if guess is None:
         raise UserError("This walkthrough has no intrinsics to estimate its cameras with; restore its cameras.npz.")
-    found = estimate_cameras(
-        walkthrough.frames, dict(walkthrough.depths), guess.intrinsics[0], guess=guess, check=progress.step
+    return estimate_cameras(
+        walkthrough.frames, dict(walkthrough.depths), guess.intrinsics, guess=guess, check=progress.step
     )
-    return found.cameras
 
 
 def write_scene(world: World, lifted: Reconstruction) -> None:

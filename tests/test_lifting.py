@@ -116,6 +116,7 @@ def test_estimated_poses_are_near_the_commanded_ones_and_the_difference_is_told(
     reconstruct(copy, ReconstructJob(poses="estimated"), GeometricLift(), Progress())
     note = copy.run["reconstruct"]["pose_note"]
     assert "degrees" in note or "°" in note
+    assert copy.run["reconstruct"]["trusted_poses"] > 0.9
     assert before and not copy.mesh_path.exists(), "the mesh of other splats must not stay"
 
 

@@ -175,87 +175,60 @@ _TRIANGLES = _case_table()
 
 @numba.njit(cache=True, nogil=True)
 def _march(
-    blocks: np.ndarray,
-    neighbours: np.ndarray,
-    distance: np.ndarray,
-    weight: np.ndarray,
-    colour: np.ndarray,
-    triangles: np.ndarray,
-    nearest: float,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Vertices (in voxels), their colours and faces of all cubes whose eight corners are measured."""
+    neighbours: np.ndarray, distance: np.ndarray, weight: np.ndarray, triangles: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The two voxels between which each vertex lies, and the faces, of all cubes whose eight corners are measured.
+
+    Voxels have flat numbers, block after block.
+    """
     side, cells = BLOCK, BLOCK**3
-    numbers = np.full((len(blocks) * cells, 3), -1, np.int32)
-    vertices, colours = np.empty((1 << 16, 3), np.float64), np.empty((1 << 16, 3), np.float64)
-    faces = np.empty((1 << 17, 3), np.int32)
-    vertex_count = face_count = 0
+    numbers = np.full((len(distance), 3), -1, np.int32)
+    ends, faces = np.empty((1 << 16, 2), np.int64), np.empty((1 << 17, 3), np.int64)
+    end_count = face_count = 0
     corner = np.empty(8, np.int64)
-    value = np.empty(8)
-    for b in range(len(blocks)):
-        for i in range(cells):
-            x, y, z = i // (side * side), i // side % side, i % side
-            case, whole = 0, True
-            for c in range(8):
-                cx, cy, cz = x + (c & 1), y + (c >> 1 & 1), z + (c >> 2 & 1)
-                block = neighbours[b, (cx // side) | (cy // side) << 1 | (cz // side) << 2]
-                if block < 0:
-                    whole = False
-                    break
-                at = block * cells + (cx % side) * side * side + (cy % side) * side + cz % side
-                if weight[at] <= 0.0:
-                    whole = False
-                    break
-                corner[c] = at
-                value[c] = distance[at]
-                if value[c] < 0.0:
-                    value[c] = min(value[c], -nearest)
-                    case |= 1 << c
-                else:
-                    value[c] = max(value[c], nearest)
-            if not whole or case == 0 or case == 255:
-                continue
-            k = 0
-            while triangles[case, k] >= 0:
-                if face_count == len(faces):
-                    faces = np.concatenate((faces, np.empty_like(faces)))
-                for t in range(3):
-                    edge = triangles[case, k + t]
-                    low, axis = edge // 3, edge % 3
-                    high = low | 1 << axis
-                    number = numbers[corner[low], axis]
-                    if number < 0:
-                        if vertex_count == len(vertices):
-                            vertices = np.concatenate((vertices, np.empty_like(vertices)))
-                            colours = np.concatenate((colours, np.empty_like(colours)))
-                        number = vertex_count
-                        numbers[corner[low], axis] = number
-                        share = value[low] / (value[low] - value[high])
-                        vertices[number, 0] = blocks[b, 0] * side + x + (low & 1)
-                        vertices[number, 1] = blocks[b, 1] * side + y + (low >> 1 & 1)
-                        vertices[number, 2] = blocks[b, 2] * side + z + (low >> 2 & 1)
-                        vertices[number, axis] += share
-                        for channel in range(3):
-                            first, second = colour[corner[low], channel], colour[corner[high], channel]
-                            colours[number, channel] = (1.0 - share) * first + share * second
-                        vertex_count += 1
-                    faces[face_count, t] = number
-                face_count += 1
-                k += 3
-    return vertices[:vertex_count], colours[:vertex_count], faces[:face_count]
+    for at in range(len(distance)):
+        b, i = at // cells, at % cells
+        x, y, z = i // (side * side), i // side % side, i % side
+        case, whole = 0, True
+        for c in range(8):
+            cx, cy, cz = x + (c & 1), y + (c >> 1 & 1), z + (c >> 2 & 1)
+            block = neighbours[b, (cx // side) | (cy // side) << 1 | (cz // side) << 2]
+            corner[c] = block * cells + (cx % side) * side * side + (cy % side) * side + cz % side
+            if block < 0 or weight[corner[c]] <= 0.0:
+                whole = False
+                break
+            if distance[corner[c]] < 0.0:
+                case |= 1 << c
+        k = 0
+        while whole and triangles[case, k] >= 0:
+            if face_count == len(faces):
+                faces = np.concatenate((faces, np.empty_like(faces)))
+            for t in range(3):
+                low, axis = triangles[case, k + t] // 3, triangles[case, k + t] % 3
+                if numbers[corner[low], axis] < 0:
+                    if end_count == len(ends):
+                        ends = np.concatenate((ends, np.empty_like(ends)))
+                    ends[end_count, 0], ends[end_count, 1] = corner[low], corner[low | 1 << axis]
+                    numbers[corner[low], axis] = end_count
+                    end_count += 1
+                faces[face_count, t] = numbers[corner[low], axis]
+            face_count += 1
+            k += 3
+    return ends[:end_count], faces[:face_count]
 
 
 def march(tsdf: SparseTsdf) -> _Triangles:
     """All triangles of the zero level, in contracted space; cubes with an unmeasured corner have none."""
-    vertices, colours, faces = _march(
-        tsdf.blocks,
-        tsdf.neighbours(),
-        tsdf.distance.reshape(-1),
-        tsdf.weight.reshape(-1),
-        tsdf.colour.reshape(-1, 3),
-        _TRIANGLES,
-        MIN_DISTANCE,
-    )
-    return _Triangles(vertices * tsdf.voxel, faces.astype(np.int64), colours)
+    distance = tsdf.distance.reshape(-1)
+    ends, faces = _march(tsdf.neighbours(), distance, tsdf.weight.reshape(-1), _TRIANGLES)
+    value = distance[ends].astype(np.float64)
+    value = np.where(value < 0, np.minimum(value, -MIN_DISTANCE), np.maximum(value, MIN_DISTANCE))
+    share = value[:, :1] / (value[:, :1] - value[:, 1:])
+    inside = np.stack(np.unravel_index(ends % BLOCK**3, (BLOCK, BLOCK, BLOCK)), -1)
+    places = tsdf.blocks[ends // BLOCK**3] * BLOCK + inside
+    colours = tsdf.colour.reshape(-1, 3)[ends].astype(np.float64)
+    vertices, colours = (x[:, 0] * (1 - share) + x[:, 1] * share for x in (places, colours))
+    return _Triangles(vertices * tsdf.voxel, faces, colours)
 
 
 # ---- cleaning ----------------------------------------------------------------------------------------------------
@@ -281,13 +254,17 @@ def opposite_half_edges(faces: Int64[np.ndarray, "f 3"]) -> Int64[np.ndarray, "3
     return opposite
 
 
+def _areas(triangles: _Triangles) -> Float[np.ndarray, "f"]:
+    """Area of each face."""
+    corners = triangles.vertices[triangles.faces]
+    return 0.5 * np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1)
+
+
 def largest_pieces(triangles: _Triangles, share: float) -> _Triangles:
     """Connected pieces of at least a share of the whole area, and the largest one in any case."""
     faces = triangles.faces
     root = joined(np.concatenate([faces[:, :2], faces[:, 1:]]), len(triangles.vertices))[faces[:, 0]]
-    corners = triangles.vertices[faces]
-    area = 0.5 * np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1)
-    sums = np.bincount(root, area)
+    sums = np.bincount(root, _areas(triangles))
     return _keep_faces(triangles, sums[root] >= min(share * sums.sum(), sums.max()))
 
 
@@ -361,7 +338,10 @@ def _border_loops(faces: Int64[np.ndarray, "f 3"], max_edges: int) -> list[Int64
 
 
 def decimate(triangles: _Triangles, max_faces: int) -> _Triangles:
-    """At most `max_faces` triangles by quadric error; a vertex gets the mean colour of those that it replaces."""
+    """At most `max_faces` triangles by quadric error; a vertex gets the mean colour of those that it replaces.
+
+    Of a tangle that cannot be made that light, the largest triangles are left.
+    """
     for aggression in (7.0, 10.0, 14.0):
         if len(triangles.faces) <= max_faces:
             break
@@ -388,4 +368,6 @@ def decimate(triangles: _Triangles, max_faces: int) -> _Triangles:
             [np.bincount(number[kept], triangles.colours[kept, i], len(vertices)) / count for i in range(3)], axis=1
         )
         triangles = _Triangles(vertices, faces.astype(np.int64), colours)
+    if len(triangles.faces) > max_faces:
+        triangles = _keep_faces(triangles, np.argsort(-_areas(triangles), kind="stable")[:max_faces])
     return triangles

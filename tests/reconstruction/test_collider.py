@@ -94,7 +94,7 @@ def over_the_walk(collider: Collider, cameras: Cameras, reach: float, count: int
 def check_no_hole(collider: Collider, cameras: Cameras) -> np.ndarray:
     """Every ray straight down over the walked area hits; gives the distances."""
     down = -collider.up.double().numpy()
-    reach = 1.2 * collider.eye_height
+    reach = 2.0 * collider.eye_height
     distance = rays_down(collider.mesh, over_the_walk(collider, cameras, reach), down)
     assert np.isfinite(distance).all()
     return distance

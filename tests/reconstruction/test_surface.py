@@ -221,6 +221,13 @@ def test_decimation_keeps_the_budget_the_shape_and_the_colours(budget: int) -> N
     assert np.abs(light.colours.numpy() - (shape.vertices + 1) * 127).max() < 127 * edge
 
 
+def test_even_a_tangle_keeps_the_budget() -> None:
+    rng = np.random.default_rng(0)
+    mesh = as_mesh(rng.normal(size=(300, 3)), rng.integers(0, 300, (3000, 3)))
+    light = clean_surface(mesh, SurfaceSettings(max_faces=500))
+    assert len(light.faces) == 500 and torch.isfinite(light.vertices).all()
+
+
 def test_a_field_without_a_surface_is_refused_in_a_sentence() -> None:
     with pytest.raises(UserError, match=r"^The depth maps hold too little surface .*\.$"):
         extract_surface(filled_field(np.ones((8, 8, 8))))
