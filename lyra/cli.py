@@ -1,4 +1,4 @@
-"""The command line: `python -m lyra generate | reconstruct | mesh | export | convert | doctor`.
+"""The command line: `python -m lyra generate | reconstruct | mesh | fly-through | export | convert | doctor`.
 
 Parses, prints progress and turns a user's mistakes into one line and an exit code; all work is the pipeline's.
 """
@@ -114,6 +114,34 @@ class Mesh:
 
 
 @dataclass(frozen=True)
+class FlyThrough:
+    """Render a video of a world's splats along its own path or another one."""
+
+    world: tyro.conf.Positional[Path]
+    out: Path | None = None
+    """The video; by default fly-through.mp4 in the world's folder."""
+    trajectory: Path | None = None
+    """A trajectory.npz (w2c, intrinsics, image_height, image_width) in the world's axes; by default its cameras.npz."""
+
+    def run(self) -> None:
+        """Render."""
+        from lyra.generation.chunk_store import writing_to
+        from lyra.lifting import read_scene
+        from lyra.reconstruction.fly_through import write_fly_through
+        from lyra.trajectory.files import read_trajectory
+        from lyra.world import World
+
+        world, progress = World.open(self.world), Progress(listener=print_status)
+        cameras = world.cameras if self.trajectory is None else read_trajectory(self.trajectory)
+        scene, target = read_scene(world), self.out or world.folder / "fly-through.mp4"
+        progress.enter("Render")
+        with writing_to(target.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_fly_through(scene, cameras, target, check=progress.step)
+        finish_line(f"{target} has {len(cameras)} frames.")
+
+
+@dataclass(frozen=True)
 class Export:
     """Write a world in other formats into its exports folder."""
 
@@ -168,7 +196,7 @@ class Doctor:
         print(report())
 
 
-Command = Generate | Reconstruct | Mesh | Export | Convert | Doctor
+Command = Generate | Reconstruct | Mesh | FlyThrough | Export | Convert | Doctor
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -202,7 +230,7 @@ def parse(arguments: list[str]) -> Command:
     )
     # The union is made when the program runs, because the saved job's values are its defaults.
     generate: Any = Annotated[annotated, tyro.conf.OmitSubcommandPrefixes]
-    commands: Any = generate | Reconstruct | Mesh | Export | Convert | Doctor
+    commands: Any = generate | Reconstruct | Mesh | FlyThrough | Export | Convert | Doctor
     return tyro.cli(commands, args=arguments, prog="lyra", config=(tyro.conf.OmitArgPrefixes,))
 
 

@@ -14,8 +14,10 @@ import trimesh
 from plyfile import PlyData
 from pxr import Usd, UsdGeom, UsdPhysics
 
+from lyra.cli import main
 from lyra.config import MeshJob, ReconstructJob
 from lyra.errors import UserError
+from lyra.export.video import read_video
 from lyra.exporting import FORMATS, export
 from lyra.generation.walkthrough import from_uint8
 from lyra.lifting import mesh, read_scene, read_surface, reconstruct
@@ -23,6 +25,7 @@ from lyra.metrics.image import psnr_db
 from lyra.progress import Cancelled, Progress
 from lyra.reconstruction.gaussians import GeometricLift
 from lyra.reconstruction.rasterizer import choose_renderer
+from lyra.trajectory.files import write_trajectory
 from lyra.world import World
 from tests.conftest import ROOT
 
@@ -84,6 +87,14 @@ def test_under_the_walk_the_collider_has_no_hole(lifted):
     below = torch.cat([lifted.cameras.centres, ground.drop_points])
     assert len(ground.drop_points) >= 30
     assert hit_straight_down(collider, below, ground.up).all()
+
+
+def test_the_splats_are_filmed_along_another_path(lifted, tmp_path):
+    write_trajectory(tmp_path / "path.npz", lifted.cameras[[0, 20, 40]].resized(120, 208))
+    arguments = [str(lifted.folder), "--trajectory", str(tmp_path / "path.npz"), "--out", str(tmp_path / "fly.mp4")]
+    assert main(["fly-through", *arguments]) == 0
+    film = read_video(tmp_path / "fly.mp4")
+    assert film.shape == (3, 3, 120, 208) and (film.float().std(dim=(1, 2, 3)) > 20).all()
 
 
 def test_every_format_is_written_and_found_by_its_own_reader(lifted):
