@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import logging
-import platform
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -20,18 +18,16 @@ from PIL import Image
 from torch import Tensor
 
 from lyra import __version__, lifting
-from lyra.config import CHUNK_FRAMES, GenerateJob, LoadOptions, MeshJob, ReconstructJob
+from lyra.config import GenerateJob, LoadOptions, MeshJob, ReconstructJob
 from lyra.depth.base import intrinsics_from_fov
-from lyra.device import choose_device, peak_memory_gib
-from lyra.errors import UserError
+from lyra.device import choose_device
 from lyra.generation.caption_views import caption_request
 from lyra.generation.captioner import VisionLanguageCaptioner
 from lyra.generation.captions import caption_of_chunk, read_captions
-from lyra.generation.chunk_store import ChunkStore, content_key, writing_to
+from lyra.generation.chunk_store import content_key, writing_to
 from lyra.generation.legs import WalkedLeg, shown_walk, write_walk
 from lyra.generation.state import WalkState
 from lyra.generation.walkthrough import (
-    FinishedChunk,
     Walk,
     from_uint8,
     generate_chunk,
@@ -39,14 +35,14 @@ from lyra.generation.walkthrough import (
     start,
     to_uint8,
 )
-from lyra.hub import DEFAULT_MODEL, ModelSource, file_hash, find_model, weights_hash
-from lyra.licences import accepted
+from lyra.hub import DEFAULT_MODEL, ModelSource, find_model, weights_hash
 from lyra.loading import LoadedModel, load_components, serve_transformer
 from lyra.models.context_parallel import ONE_PROCESS, ContextParallelGroup
 from lyra.photo import fit_photo, load_photo, output_size
 from lyra.placement import Placement, choose_placement, memory_explained
 from lyra.progress import Cancelled, Progress
 from lyra.reconstructors import reconstructor_for, resolve
+from lyra.record import LoadedFrom, chunk_key, refuse_other_photo, run_record, save_chunk
 from lyra.trajectory.clearance import ClearanceReport, shorten_path
 from lyra.trajectory.files import relative_to_first
 from lyra.trajectory.gui_path import read_path
@@ -234,7 +230,7 @@ class LyraPipeline:
         photo = to_uint8(seen.image)
         refuse_other_photo(world, photo)
         world.write_photo(photo)
-        world.write_run(self.run_record(job, "running", progress, planned))
+        world.write_run(run_record(job, "running", progress, planned.report.reason, self.loaded_from))
         status = "failed"
         try:
             with memory_explained(self.placement):
@@ -247,7 +243,7 @@ class LyraPipeline:
             status = "cancelled"
             raise
         finally:
-            world.write_run(self.run_record(job, status, progress, planned))
+            world.write_run(run_record(job, status, progress, planned.report.reason, self.loaded_from))
         return World.open(out)
 
     def walk_leg(
@@ -276,7 +272,7 @@ class LyraPipeline:
                 self.parts.encode_text(sorted(set(captions.values())))
         photo = to_uint8(seen.image)
         numbers = self.placement.numbers + (", fused" if self.fuse_loras else "")
-        weights = [weights_hash(source.folder) for source in self.sources]
+        weights = [weights_hash(source.folder) for source in self.loaded_from.sources]
         key = content_key(self.parts.settings.name, *weights, numbers, photo.numpy().tobytes())
         for chunk in range(walked.leg.chunks):
             progress.chunk = before + chunk
@@ -349,9 +345,10 @@ class LyraPipeline:
         return lifting.mesh(world, job or MeshJob(), progress)
 
     @property
-    def sources(self) -> tuple[ModelSource, ...]:
-        """Where the weights come from: the model's and, if there is one, the depth network's that replaces its own."""
-        return (self.source,) if self.depth_source is None else (self.source, self.depth_source)
+    def loaded_from(self) -> LoadedFrom:
+        """Where the weights come from and how they were placed."""
+        settings, device = self.parts.settings, self.placement.torch_device
+        return LoadedFrom(settings, self.source, self.depth_source, device, self.load_options)
 
     @property
     def load_options(self) -> LoadOptions:
@@ -371,86 +368,3 @@ class LyraPipeline:
             return side, side
         size = (settings.generation_height, settings.generation_width)
         return size if width > height else (size[1], size[0])
-
-    def run_record(self, job: GenerateJob, status: str, progress: Progress, planned: PlannedPath) -> dict[str, Any]:
-        """The contents of run.json."""
-        licences = {part: licence for source in self.sources for part, licence in source.licences.items()}
-        return {
-            "status": status,
-            "job": job.to_json(),
-            "model": {
-                "name": self.parts.settings.name,
-                "licence": self.parts.settings.licence,
-                "licences": {part: licence.id for part, licence in licences.items()}
-                | ({"captioner": f"as the model card of {job.captioner} says"} if job.captioner else {}),
-                "accepted": {
-                    given.licence: given.date
-                    for licence in dict.fromkeys(licences.values())
-                    if (given := accepted(licence)) is not None
-                },
-                "revision": self.source.revision,
-                "weights_sha256": weights_hash(self.source.folder),
-                "depth": None if self.depth_source is None else self.depth_source.name,
-            },
-            "path_note": planned.report.reason,
-            "versions": {
-                "lyra": __version__,
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("torch", "diffusers", "transformers", "numba")},
-            },
-            "device": str(self.placement.torch_device),
-            "placement": self.load_options.to_json(),
-            "stage_seconds": {name: round(seconds, 2) for name, seconds in progress.stage_seconds.items()},
-            "peak_memory_gib": round(peak_memory_gib(), 2),
-        }
-
-
-def chunk_key(before: str, job: GenerateJob, cameras: Cameras, chunk: int, prompt: str) -> str:
-    """Key of a chunk: everything before it, its cameras, its text and how it is sampled."""
-    first = 1 + CHUNK_FRAMES * chunk
-    span = cameras[(0 if chunk == 0 else first) : first + CHUNK_FRAMES]
-    sampling = replace(
-        job,
-        photo="",
-        chunks=1,
-        preset="",
-        trajectory=None,
-        strength=1.0,
-        prompt="",
-        captions=None,
-        pose_scale=None,
-        model="",
-        loras=(),
-    )
-    how = sampling.to_json() | {"loras": [(file_hash(Path(p)), s) for p, s in job.lora_strengths().items()]}
-    if job.sampler == "dmd":
-        # The distilled sampler has neither a number of steps nor guidance.
-        how["steps"] = how["guidance_scale"] = None
-    return content_key(before, how, span.w2c.numpy().tobytes(), span.intrinsics.numpy().tobytes(), prompt)
-
-
-def save_chunk(
-    store: ChunkStore, key: str, finished: FinishedChunk, photo: Tensor | None, about: dict[str, Any]
-) -> None:
-    """Store a chunk; the first one's video begins with the photo."""
-    frames = finished.frames if photo is None else torch.cat([photo[None], finished.frames])
-    store.save(key, finished.record, frames, about)
-
-
-def refuse_other_photo(world: World, photo: Tensor) -> None:
-    """Keep a world of another photo from being overwritten.
-
-    Raises:
-        UserError: the folder holds the world of another photo.
-    """
-    if not world.photo_path.exists() or not world.run:
-        return
-    before = load_photo(world.photo_path)
-    same = (
-        before.size == (photo.shape[2], photo.shape[1]) and before.tobytes() == photo.movedim(0, -1).numpy().tobytes()
-    )
-    if not same:
-        raise UserError(
-            f"{world.folder} holds the world of another photo or another --resolution; choose another --out so that it "
-            "is not lost."
-        )

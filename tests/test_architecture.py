@@ -16,7 +16,7 @@ LAYERS = [
     {"generation"},
     {"reconstruction"},
     {"device", "licences", "hub", "hub_files", "placement", "offload", "loading", "convert", "world", "doctor"},
-    {"lifting", "exporting", "reconstructors"},
+    {"lifting", "exporting", "reconstructors", "record"},
     {"pipeline"},
     {"serving"},
     {"cli", "ui"},

@@ -10,7 +10,7 @@ from lyra.errors import UserError
 from lyra.generation.captions import caption_of_chunk, read_captions
 from lyra.generation.chunk_store import ChunkStore, content_key, disk_message
 from lyra.generation.state import ChunkRecord
-from lyra.pipeline import chunk_key
+from lyra.record import chunk_key
 from lyra.types import Cameras
 
 
