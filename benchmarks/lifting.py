@@ -11,42 +11,49 @@ import json
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 from jaxtyping import Bool, Float, UInt8
 from scipy.spatial import cKDTree
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from lyra.config import MeshJob, ReconstructJob
-from lyra.depth.base import align_depth
+from lyra.depth.tiny import TinyDepthModel
 from lyra.export.video import write_video
 from lyra.generation.walkthrough import from_uint8
 from lyra.geometry.cameras import unproject
+from lyra.hub import MODELS
 from lyra.lifting import mesh, reconstruct
 from lyra.metrics.image import psnr_db
-from lyra.pipeline import LyraPipeline
+from lyra.models.gaussian_head import TinyGaussianHead
 from lyra.progress import Progress
-from lyra.reconstruction.base import Walkthrough
-from lyra.reconstruction.gaussians import GeometricLift, lift_frame, lifted_frames
+from lyra.reconstruction.base import Reconstructor, Walkthrough
+from lyra.reconstruction.gaussians import GeometricLift, frames_to_lift, fused_frames, join_scenes, lift_frame
 from lyra.reconstruction.rasterizer import choose_renderer
+from lyra.reconstruction.tiny_gaussians import TinyGaussianReconstructor
 from lyra.training.data import HELD_OUT_SEEDS
+from lyra.training.gaussians import measured_depths
 from lyra.training.worlds import build_world
 from lyra.types import Cameras, GaussianScene, TriangleMesh
 from lyra.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "lifting.json"
 HEIGHT, WIDTH, FRAMES = 480, 832, 81
 FAMILIES = ("room", "hall", "street", "square", "ruins", "forest")
-MEASURED = 4
-"""Depth is known of every n-th frame, as in a world that was generated."""
-TESTED = tuple(range(6, FRAMES, 16))
-"""Frames that are compared; none is lifted, and none has depth."""
+MEASURED = 8
+"""Every n-th frame has depth and is lifted, as in a world that was generated."""
+TESTED = tuple(range(4, FRAMES, 16))
+"""Frames that are compared, halfway between two that are lifted; none has depth."""
 SAMPLES = 100_000
 """Points of the true and of the made surface that are compared."""
+FARTHEST = 0.25
+"""Distances between surfaces are counted up to this share of the median depth."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Walked:
     frames: UInt8[Tensor, "t 3 h w"]
     cameras: Cameras
     depth: dict[int, Float[Tensor, "h w"]]
-    """Of every measured and every tested frame."""
+    """Of every measured and every tested frame; the frames between them are black, for nothing reads them."""
     sky: dict[int, Bool[Tensor, "h w"]]
 
 
@@ -84,15 +91,26 @@ class MeshQuality:
 
 
 @dataclass(frozen=True)
+class LiftQuality:
+    """One reconstructor in one world."""
+
+    exact: SceneQuality
+    predicted: SceneQuality
+    """With depth as a walkthrough measures it: one true scale, and what earlier frames know is kept."""
+    mesh: MeshQuality
+    """With exact depth."""
+    mesh_predicted: MeshQuality
+
+
+@dataclass(frozen=True)
 class FamilyResult:
     """One world."""
 
     family: str
-    exact: SceneQuality
-    predicted: SceneQuality
+    geometric: LiftQuality
+    lyra_tiny: LiftQuality
     concatenated: SceneQuality
-    """Exact depth, all frames' Gaussians without leaving out what earlier frames show."""
-    mesh: MeshQuality
+    """Exact depth, all frames' discs without leaving out what earlier frames show."""
 
 
 def walk_through(family: str, seed: int) -> Walked:
@@ -100,28 +118,22 @@ def walk_through(family: str, seed: int) -> Walked:
     rng = np.random.default_rng(seed)
     world = build_world(family, seed, texture_seed=1)
     intrinsics, poses = world.random_intrinsics(rng, HEIGHT, WIDTH), world.random_walk(rng, FRAMES)
-    frames, depth, sky = [], {}, {}
-    for index, pose in enumerate(poses):
-        view = world.render(pose, intrinsics, HEIGHT, WIDTH, supersample=2)
-        frames.append(torch.from_numpy(view.rgb).movedim(-1, 0))
-        if index % MEASURED == 0 or index in TESTED:
-            depth[index], sky[index] = torch.from_numpy(view.depth), torch.from_numpy(view.sky)
+    frames, depth, sky = torch.zeros(FRAMES, 3, HEIGHT, WIDTH, dtype=torch.uint8), {}, {}
+    for index in sorted({*range(0, FRAMES, MEASURED), *TESTED}):
+        view = world.render(poses[index], intrinsics, HEIGHT, WIDTH, supersample=2)
+        frames[index] = torch.from_numpy(view.rgb).movedim(-1, 0)
+        depth[index], sky[index] = torch.from_numpy(view.depth), torch.from_numpy(view.sky)
     w2c = torch.from_numpy(np.asarray(poses, np.float32))
     k = torch.from_numpy(np.asarray(intrinsics, np.float32)).expand(FRAMES, 3, 3)
-    return Walked(torch.stack(frames), Cameras(w2c, k, HEIGHT, WIDTH), depth, sky)
+    return Walked(frames, Cameras(w2c, k, HEIGHT, WIDTH), depth, sky)
 
 
-def predicted_depth(walked: Walked, pipeline: LyraPipeline) -> dict[int, Float[Tensor, "h w"]]:
-    """The shipped network's depth of the measured frames, each scaled to the truth by the median of their ratio.
-
-    In a walkthrough the scale comes from what the memory sees of the earlier frames; here the truth stands for that.
-    """
-    found = {}
-    for index in range(0, FRAMES, MEASURED):
-        prediction = pipeline.depth.predict(from_uint8(walked.frames[index])[None])
-        ground = ~walked.sky[index] & ~prediction.sky[0]
-        found[index] = align_depth(prediction.depth[0], walked.depth[index], ground)
-    return found
+def predicted_depth(walked: Walked, network: TinyDepthModel) -> dict[int, Float[Tensor, "h w"]]:
+    """The shipped network's depth of the measured frames."""
+    ids = list(range(0, FRAMES, MEASURED))
+    images = torch.stack([from_uint8(walked.frames[i]) for i in ids])
+    depths = measured_depths(images, [walked.depth[i] for i in ids], walked.cameras[ids], network, anchor=True)
+    return dict(zip(ids, depths, strict=True))
 
 
 def scene_quality(scene: GaussianScene, walked: Walked, without_fusion: int) -> SceneQuality:
@@ -133,19 +145,16 @@ def scene_quality(scene: GaussianScene, walked: Walked, without_fusion: int) -> 
         true = walked.frames[index].float() / 255
         psnr.append(psnr_db(view.colours, true, peak=1.0))
         ssim.append(structural_similarity(view.colours.numpy(), true.numpy(), channel_axis=0, data_range=1.0))
-    return SceneQuality(round(statistics.mean(psnr), 2), round(statistics.mean(ssim), 4), len(scene), without_fusion)
+    return SceneQuality(
+        round(float(statistics.mean(psnr)), 2), round(float(statistics.mean(ssim)), 4), len(scene), without_fusion
+    )
 
 
 def concatenated(walked: Walked, depth: dict[int, Tensor]) -> GaussianScene:
     """Every lifted frame's Gaussians, none left out."""
-    from lyra.reconstruction.gaussians import join_scenes
-
-    ids = [i for i in depth if i % 8 == 0]
-    frames = lifted_frames(
-        {i: from_uint8(walked.frames[i]) for i in ids}, {i: depth[i].clamp(max=150) for i in ids}, walked.cameras
-    )
-    every = torch.ones(HEIGHT, WIDTH, dtype=torch.bool)
-    return join_scenes([lift_frame(frame, frame.depth, every) for frame in frames])
+    chosen = sorted(depth)
+    frames = fused_frames(frames_to_lift(Walkthrough(walked.frames, walked.cameras, depth), chosen))
+    return join_scenes([lift_frame(replace(frame, fresh=torch.ones_like(frame.fresh))) for frame in frames])
 
 
 def mesh_quality(surface: TriangleMesh, walked: Walked, seconds: float) -> MeshQuality:
@@ -161,15 +170,20 @@ def mesh_quality(surface: TriangleMesh, walked: Walked, seconds: float) -> MeshQ
     true = torch.cat(true_points)
     dense, tested = true[torch.randperm(len(true), generator=g)[: 20 * SAMPLES]], torch.randperm(len(true), generator=g)
     made = sample_surface(surface, SAMPLES, g)
-    seen = torch.from_numpy(cKDTree(dense.numpy()).query(made.numpy())[0])
-    target = true[tested[:SAMPLES]]
-    back = torch.from_numpy(cKDTree(sample_surface(surface, 20 * SAMPLES, g).numpy()).query(target.numpy())[0])
+    seen = nearest(dense, made, FARTHEST * median_depth)
+    back = nearest(sample_surface(surface, 20 * SAMPLES, g), true[tested[:SAMPLES]], FARTHEST * median_depth)
     return MeshQuality(
         accuracy_median=round(float(seen.median()) / median_depth, 5),
         completeness_median=round(float(back.median()) / median_depth, 5),
         completeness_within_2_percent=round(float((back < 0.02 * median_depth).float().mean()), 4),
         seconds=round(seconds, 1),
     )
+
+
+def nearest(points: Float[Tensor, "n 3"], of: Float[Tensor, "m 3"], farthest: float) -> Float[Tensor, "m"]:
+    """Distance to the nearest of many points, at most `farthest`: a tree is slow for what lies far from all of them."""
+    found = cKDTree(points.numpy()).query(of.numpy(), distance_upper_bound=farthest)[0]
+    return torch.from_numpy(found).clamp(max=farthest)
 
 
 def sample_surface(surface: TriangleMesh, count: int, generator: torch.Generator) -> Float[Tensor, "count 3"]:
@@ -183,51 +197,60 @@ def sample_surface(surface: TriangleMesh, count: int, generator: torch.Generator
     return a + u * (b - a) + v * (c - a)
 
 
-def as_world(folder: Path, walked: Walked) -> World:
-    """A world folder with the true depth."""
+def as_world(folder: Path, walked: Walked, depth: dict[int, Tensor]) -> World:
+    """A world folder with some depth."""
     world = World(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_video(world.video_path, walked.frames)
-    world.write_path(walked.cameras, {i: walked.depth[i] for i in range(0, FRAMES, MEASURED)})
+    world.write_path(walked.cameras, depth)
     return world
 
 
-def measure(family: str, seed: int, pipeline: LyraPipeline) -> FamilyResult:
-    """All figures of one world."""
-    walked = walk_through(family, seed)
-    exact = {i: walked.depth[i] for i in range(0, FRAMES, MEASURED)}
-    blocks = len([i for i in exact if i % 8 == 0]) * (HEIGHT // 2) * (WIDTH // 2)
-
-    def lifted(depth: dict[int, Tensor]) -> GaussianScene:
-        return (
-            GeometricLift().reconstruct(Walkthrough(walked.frames, walked.cameras, depth), lambda done, of: None).scene
-        )
-
+def lifted(
+    walked: Walked, depth: dict[int, Tensor], reconstructor: Reconstructor, blocks: int
+) -> tuple[SceneQuality, MeshQuality]:
+    """Splats and mesh of one way to lift."""
     with tempfile.TemporaryDirectory() as name:
-        world = as_world(Path(name), walked)
-        reconstruct(world, ReconstructJob(), GeometricLift(), Progress())
+        world = as_world(Path(name), walked, depth)
+        scene = reconstruct(world, ReconstructJob(), reconstructor, Progress())
         started = time.perf_counter()
         surface = mesh(world, MeshJob(), Progress())
         seconds = time.perf_counter() - started
-    return FamilyResult(
-        family,
-        exact=scene_quality(lifted(exact), walked, blocks),
-        predicted=scene_quality(lifted(predicted_depth(walked, pipeline)), walked, blocks),
-        concatenated=scene_quality(concatenated(walked, exact), walked, blocks),
-        mesh=mesh_quality(surface, walked, seconds),
-    )
+    return scene_quality(scene, walked, blocks), mesh_quality(surface, walked, seconds)
 
 
-def main() -> None:
-    """Measure and write the figures."""
-    pipeline = LyraPipeline.from_pretrained("lyra-tiny", device="cpu")
+def measure(family: str, seed: int, network: TinyDepthModel, head: TinyGaussianHead) -> FamilyResult:
+    """All figures of one world."""
+    walked = walk_through(family, seed)
+    exact = {i: walked.depth[i] for i in range(0, FRAMES, MEASURED)}
+    predicted = predicted_depth(walked, network)
+    blocks = len(exact) * (HEIGHT // 2) * (WIDTH // 2)
+    ways = {}
+    for name, way in (("geometric", GeometricLift()), ("lyra_tiny", TinyGaussianReconstructor(network, head))):
+        splats, surface = lifted(walked, exact, way, blocks)
+        splats_predicted, surface_predicted = lifted(walked, predicted, way, blocks)
+        ways[name] = LiftQuality(splats, splats_predicted, surface, surface_predicted)
+    return FamilyResult(family, **ways, concatenated=scene_quality(concatenated(walked, exact), walked, blocks))
+
+
+def main(head: Path | None = None, families: tuple[str, ...] = FAMILIES, out: Path = RESULTS) -> None:
+    """Measure and write the figures, as far as they are, after every world.
+
+    Args:
+        head: folder of another Gaussian head than the shipped one.
+        families: worlds to walk through.
+        out: the JSON file that is written.
+    """
+    models = MODELS / "lyra-tiny"
+    network = TinyDepthModel.from_pretrained(models / "depth").eval()
+    gaussians = TinyGaussianHead.from_pretrained(head or models / "gaussian_head").eval()
     results = []
-    for number, family in enumerate(FAMILIES):
-        results.append(measure(family, HELD_OUT_SEEDS + 900 + number, pipeline))
-        print(json.dumps(asdict(results[-1])), flush=True)
-    target = ROOT / "benchmarks" / "lifting.json"
-    target.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n", encoding="utf-8")
+    for family in families:
+        seed = HELD_OUT_SEEDS + 900 + FAMILIES.index(family)
+        results.append(asdict(measure(family, seed, network, gaussians)))
+        print(json.dumps(results[-1]), flush=True)
+        out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

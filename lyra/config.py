@@ -193,21 +193,24 @@ FormatName = Literal["ply", "spz", "splat", "glb-splats", "glb", "obj", "usd", "
 class ReconstructJob:
     """How a walkthrough becomes splats."""
 
-    reconstructor: Literal["geometric", "depth-anything"] | None = None
-    """geometric: discs on the measured depth; depth-anything: the Gaussian head of Depth Anything 3. By default that
-    network where the world's model has it, and geometric elsewhere."""
+    reconstructor: Literal["geometric", "lyra-tiny", "depth-anything"] | None = None
+    """geometric: discs on the measured depth; lyra-tiny: the same, changed by the default model's Gaussian head;
+    depth-anything: the Gaussian head of Depth Anything 3. By default that network where the world's model has it, and
+    lyra-tiny elsewhere."""
     model: str | None = None
     """The model or folder whose Depth Anything 3 lifts; by default the one that made the world."""
     poses: Literal["commanded", "estimated"] = "commanded"
     """commanded: the cameras that the video was asked for; estimated: cameras found in the video itself."""
     interval: int = 8
-    """The geometric way lifts every n-th frame whose depth was measured, besides the photo and the last one."""
+    """geometric and lyra-tiny lift every n-th frame whose depth was measured, besides the photo and the last one."""
     chunks: int | None = None
     """Depth Anything 3 sees a long video in so many overlapping chunks; by default what the length asks for."""
 
     def __post_init__(self) -> None:
-        if self.reconstructor not in (None, "geometric", "depth-anything"):
-            raise UserError(f"--reconstructor is '{self.reconstructor}'; choose geometric or depth-anything.")
+        if self.reconstructor not in (None, "geometric", "lyra-tiny", "depth-anything"):
+            raise UserError(
+                f"--reconstructor is '{self.reconstructor}'; choose geometric, lyra-tiny or depth-anything."
+            )
         if self.poses not in ("commanded", "estimated"):
             raise UserError(f"--poses is '{self.poses}'; choose commanded or estimated.")
         if self.interval < 1:

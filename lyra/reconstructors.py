@@ -10,23 +10,32 @@ import logging
 from dataclasses import replace
 from typing import Literal
 
+import torch
+
 from lyra.config import LoadOptions, ReconstructJob
 from lyra.depth.files import makes_gaussians, read_config, read_depth
 from lyra.depth.tiny import TinyDepthModel
 from lyra.device import choose_device
 from lyra.errors import UserError
-from lyra.hub import ModelSource, find_depth
+from lyra.hub import DEFAULT_MODEL, MODELS, ModelSource, find_depth
 from lyra.loading import damage_explained
+from lyra.models.gaussian_head import TinyGaussianHead
+from lyra.models.pretrained import load_pretrained
 from lyra.placement import CAPABILITY, Placement, this_machine
 from lyra.progress import Progress
 from lyra.reconstruction.base import Reconstructor
 from lyra.reconstruction.depth_anything import DepthAnythingReconstructor, LiftSettings
 from lyra.reconstruction.gaussians import LIFT_INTERVAL, GeometricLift
+from lyra.reconstruction.tiny_gaussians import TinyGaussianReconstructor
 from lyra.world import World
 
-ReconstructorName = Literal["geometric", "depth-anything"]
+ReconstructorName = Literal["geometric", "lyra-tiny", "depth-anything"]
 
 logger = logging.getLogger(__name__)
+
+LOAD = "Load reconstruction network"
+WITHOUT_DEPTH_ANYTHING: ReconstructorName = "lyra-tiny"
+"""What lifts a world whose model has no Gaussian head; benchmarks/lifting.py compares it with the geometric lift."""
 
 
 def load_reconstructor(
@@ -41,9 +50,9 @@ def load_reconstructor(
     """A reconstructor by name, ready to run.
 
     Args:
-        source: where Depth Anything 3 is, as `find_depth` gives it; the geometric way needs none.
-        placement: device and number format of the network.
-        interval: of the geometric way.
+        source: where Depth Anything 3 is, as `find_depth` gives it; the others need none.
+        placement: device and number format of Depth Anything 3; lyra-tiny's head runs on the CPU.
+        interval: of all but Depth Anything 3, in frames.
         settings: of Depth Anything 3.
 
     Raises:
@@ -52,24 +61,37 @@ def load_reconstructor(
     """
     if name == "geometric":
         return GeometricLift(interval)
+    if name == "lyra-tiny":
+        return load_tiny(interval, progress)
     if name != "depth-anything":
-        raise UserError(f"There is no reconstructor '{name}'; choose geometric or depth-anything.")
+        raise UserError(f"There is no reconstructor '{name}'; choose geometric, lyra-tiny or depth-anything.")
     if source is None:
         raise UserError(
             "The reconstructor depth-anything needs its weights; name a model or a folder that has them, or choose "
-            "geometric."
+            "lyra-tiny or geometric."
         )
     if not has_gaussian_head(source):
         raise UserError(
-            f"The depth network of {source.name} has no Gaussian head; choose nvidia/Lyra-2.0, da3-giant or a folder "
-            "with such a network as --model, or the geometric reconstructor."
+            f"The depth network of {source.name} has no Depth Anything Gaussian head; choose nvidia/Lyra-2.0, "
+            "da3-giant or a folder with such a network as --model, or another reconstructor."
         )
     if progress is not None:
-        progress.enter("Load reconstruction network")
+        progress.enter(LOAD)
     with damage_explained(source.folder):
         network = read_depth(source.folder, source.layout, placement.dtype).network
     assert not isinstance(network, TinyDepthModel)
     return DepthAnythingReconstructor(network, placement.torch_device, placement.dtype, settings or LiftSettings())
+
+
+def load_tiny(interval: int, progress: Progress | None = None) -> TinyGaussianReconstructor:
+    """lyra-tiny's Gaussian head with the trunk that it shares with the depth network; both come with the package."""
+    if progress is not None:
+        progress.enter(LOAD)
+    folder = MODELS / DEFAULT_MODEL
+    with damage_explained(folder):
+        trunk = load_pretrained(TinyDepthModel, folder / "depth", dtype=torch.float32)
+        head = load_pretrained(TinyGaussianHead, folder / "gaussian_head", dtype=torch.float32)
+    return TinyGaussianReconstructor(trunk.eval(), head.eval(), interval)
 
 
 def has_gaussian_head(source: ModelSource) -> bool:
@@ -85,13 +107,13 @@ def resolve(world: World, job: ReconstructJob) -> ReconstructJob:
     """A job whose reconstructor and model are chosen.
 
     A job that names a model means its network; one that names neither, the network of the model that made the world
-    where that is on this machine and makes Gaussians.
+    where that is on this machine and makes Gaussians, and lyra-tiny's elsewhere.
     """
     model = job.model or model_of(world)
     if job.reconstructor is not None:
         return replace(job, model=model)
     network = job.model is not None or (model is not None and usable(model))
-    return replace(job, model=model, reconstructor="depth-anything" if network else "geometric")
+    return replace(job, model=model, reconstructor="depth-anything" if network else WITHOUT_DEPTH_ANYTHING)
 
 
 def reconstructor_for(
@@ -130,7 +152,7 @@ def usable(model: str) -> bool:
     try:
         return has_gaussian_head(find_depth(model, download=False))
     except UserError as error:
-        logger.warning("The Gaussians are made without a network: %s", error)
+        logger.warning("The Gaussians are made without the world's own model: %s", error)
         return False
 
 

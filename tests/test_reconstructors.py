@@ -19,6 +19,7 @@ from lyra.placement import Placement
 from lyra.progress import Cancelled, Progress
 from lyra.reconstruction.base import Walkthrough
 from lyra.reconstruction.gaussians import GeometricLift, lift, lifted_frames
+from lyra.reconstruction.tiny_gaussians import TinyGaussianReconstructor
 from lyra.reconstructors import has_gaussian_head, lifting_placement, load_reconstructor, reconstructor_for, resolve
 from lyra.types import Cameras
 from lyra.world import World
@@ -127,13 +128,13 @@ def test_networks_without_a_gaussian_head_are_refused_before_their_weights_are_r
     (tmp_path / "model.safetensors").write_bytes(b"never read")
     for name in (str(tmp_path), "lyra-tiny"):
         source = find_depth(name)
-        with pytest.raises(UserError, match="no Gaussian head") as error:
+        with pytest.raises(UserError, match="no Depth Anything Gaussian head") as error:
             load_reconstructor("depth-anything", source, CPU)
         assert name in sentence(error)
     with pytest.raises(UserError, match="needs its weights") as error:
         load_reconstructor("depth-anything", None, CPU)
     sentence(error)
-    with pytest.raises(UserError, match="choose geometric or depth-anything"):
+    with pytest.raises(UserError, match="choose geometric, lyra-tiny or depth-anything"):
         load_reconstructor("poisson", None, CPU)
 
 
@@ -158,16 +159,17 @@ def test_a_world_is_lifted_by_its_own_models_network_where_that_makes_gaussians(
     assert len(reconstructor.reconstruct(walkthrough, nothing).scene) > 1000
     assert isinstance(reconstructor_for(world, ReconstructJob("geometric"), LoadOptions()), GeometricLift)
     assert resolve(world, ReconstructJob("geometric")).model == str(released)
-    with pytest.raises(UserError, match="no Gaussian head"):
+    with pytest.raises(UserError, match="no Depth Anything Gaussian head"):
         reconstructor_for(world, ReconstructJob(model="lyra-tiny"), LoadOptions(device="cpu"))
 
 
-def test_other_worlds_are_lifted_without_a_network(tmp_path, caplog):
+def test_other_worlds_are_lifted_by_the_default_models_head(tmp_path, caplog, walkthrough):
     tiny = reconstructor_for(world_of(tmp_path, "lyra-tiny"), ReconstructJob(interval=5), LoadOptions(device="cpu"))
-    assert tiny == GeometricLift(5) and not caplog.records
+    assert isinstance(tiny, TinyGaussianReconstructor) and tiny.interval == 5 and not caplog.records
+    assert len(tiny.reconstruct(walkthrough, nothing).scene) > 1000
     with caplog.at_level(logging.WARNING):
         gone = reconstructor_for(world_of(tmp_path, tmp_path / "moved"), ReconstructJob(), LoadOptions(device="cpu"))
-    assert isinstance(gone, GeometricLift) and "without a network" in caplog.text
+    assert isinstance(gone, TinyGaussianReconstructor) and "without the world's own model" in caplog.text
 
 
 def test_what_is_asked_for_and_missing_or_gated_is_refused(tmp_path):
@@ -175,7 +177,7 @@ def test_what_is_asked_for_and_missing_or_gated_is_refused(tmp_path):
     with pytest.raises(UserError, match="There is no depth network") as error:
         reconstructor_for(world, ReconstructJob(model="moved"), LoadOptions(device="cpu"))
     sentence(error)
-    with pytest.raises(UserError, match="no Gaussian head"):
+    with pytest.raises(UserError, match="no Depth Anything Gaussian head"):
         reconstructor_for(world, ReconstructJob("depth-anything"), LoadOptions(device="cpu"))
     with pytest.raises(UserError, match=CC_BY_NC_4.name):
         reconstructor_for(world, ReconstructJob("depth-anything", model="da3-giant"), LoadOptions(device="cpu"))

@@ -95,22 +95,31 @@ class TinyDepthModel(ModelMixin, ConfigMixin):
             tokens = block(tokens)
         return f4, f8, tokens.transpose(1, 2).unflatten(2, (h, w))
 
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Log depth, sky logit, log error (each (b, h/2, w/2)), log tan of half the horizontal fov, features."""
+    def trunk(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b c4 h4 w4"], Float[Tensor, "b c h w"]]:
+        """What all heads share: decoded features at 1/4 and encoded ones at 1/16."""
         f4, f8, f16 = self.encode(images)
         x = self.fuse8(F.interpolate(self.up8(f16), scale_factor=2.0, mode="bilinear") + f8)
-        x = self.fuse4(F.interpolate(self.up4(x), scale_factor=2.0, mode="bilinear") + f4)
+        return self.fuse4(F.interpolate(self.up4(x), scale_factor=2.0, mode="bilinear") + f4), f16
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Log depth, sky logit, log error (each (b, h/2, w/2)), log tan of half the horizontal fov, features."""
+        x, f16 = self.trunk(images)
         log_depth, sky, log_error = self.head(x).unbind(1)
         features = f16.flatten(2).transpose(1, 2)
         return log_depth + 1.5, sky, log_error, self.fov_head(features.mean(1))[:, 0] - 0.45, features
+
+    def resized(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h2 w2"]:
+        """Images at the size that the network was trained for, sides divisible by 16."""
+        height, width = images.shape[-2:]
+        scale = self.config.input_width / max(height, width)
+        size = (max(32, round(height * scale / 16) * 16), max(32, round(width * scale / 16) * 16))
+        return F.interpolate(images.float(), size=size, mode="bilinear", antialias=True).to(self.dtype)
 
     @torch.no_grad()
     def predict(self, images: Float[Tensor, "b 3 h w"]) -> DepthPrediction:
         """Depth of images in [-1, 1] at their own size, averaged over the image and its mirror image."""
         height, width = images.shape[-2:]
-        scale = self.config.input_width / max(height, width)
-        size = (max(32, round(height * scale / 16) * 16), max(32, round(width * scale / 16) * 16))
-        small = F.interpolate(images.float(), size=size, mode="bilinear", antialias=True).to(self.dtype)
+        small = self.resized(images)
         log_depth, sky, log_error, log_tan, features = self(small)
         mirrored = self(small.flip(-1))
         log_depth = (log_depth + mirrored[0].flip(-1)) / 2

@@ -7,7 +7,7 @@ frames is that of trust: the photo first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,8 @@ THINNESS = 0.15
 """Thickness along the normal, as a share of the smaller tangential deviation."""
 SKY_DISTANCE = 6.0
 """Sky is placed at this many times the 90 % quantile of the other depths."""
+FARTHEST = 200.0
+"""Depth from which it is sky, in scene units."""
 SH_C0 = 0.28209479177387814
 """Spherical harmonic of degree 0."""
 LIFT_INTERVAL = 8
@@ -54,6 +56,39 @@ class LiftedFrame:
 
 
 @dataclass(frozen=True)
+class FusedFrame:
+    """A frame among others, and what it alone has to add."""
+
+    image: Float[Tensor, "3 h w"]
+    """In [-1, 1]."""
+    depth: Float[Tensor, "h w"]
+    """z depth at the image's size, the sky at the scene's sky distance."""
+    w2c: Float[Tensor, "4 4"]
+    intrinsics: Float[Tensor, "3 3"]
+    fresh: Bool[Tensor, "h w"]
+    """Pixels that no frame of more trust shows."""
+    surface: Surface
+
+
+@dataclass(frozen=True)
+class PixelBlocks:
+    """The disc of each block of `BLOCK` x `BLOCK` pixels, before any is left out."""
+
+    depth: Float[Tensor, "h w"]
+    intrinsics: Float[Tensor, "3 3"]
+    """Of the grid of blocks."""
+    points: Float[Tensor, "h w 3"]
+    rotation: Float[Tensor, "h w 3 3"]
+    """Axes in columns: along the image's rows, across them on the surface, normal."""
+    scales: Float[Tensor, "h w 3"]
+    """Standard deviations along the axes."""
+    colours: Float[Tensor, "h w 3"]
+    """In [-1, 1]."""
+    keep: Bool[Tensor, "h w"]
+    """Blocks of which at least half is fresh."""
+
+
+@dataclass(frozen=True)
 class GeometricLift:
     """The lift without a network behind the protocol `Reconstructor`; it needs cameras and measured depth."""
 
@@ -69,18 +104,34 @@ class GeometricLift:
         Raises:
             UserError: the walkthrough has no cameras, or no depth of its photo.
         """
-        if walkthrough.cameras is None:
-            raise UserError(
-                "Without a network splats need the cameras of the video; estimate them, or lift with Depth Anything 3."
-            )
-        if 0 not in walkthrough.depths:
-            raise UserError("The depth of this video's first frame is missing; generate the walkthrough again.")
-        last = len(walkthrough.frames) - 1
-        chosen = sorted(i for i in walkthrough.depths if i % self.interval == 0 or i == last)
-        cameras = walkthrough.cameras.to(torch.device("cpu"))
-        images = {i: from_uint8(walkthrough.frames[i].cpu()) for i in chosen}
-        scene = lift(lifted_frames(images, {i: walkthrough.depths[i].cpu() for i in chosen}, cameras), check)
-        return Reconstruction(scene, cameras[chosen], tuple(chosen))
+        chosen = chosen_frames(walkthrough, self.interval)
+        scene = lift(frames_to_lift(walkthrough, chosen), check)
+        assert walkthrough.cameras is not None
+        return Reconstruction(scene, walkthrough.cameras.to(torch.device("cpu"))[chosen], tuple(chosen))
+
+
+def chosen_frames(walkthrough: Walkthrough, interval: int) -> list[int]:
+    """Frames that are lifted from their measured depth, in time's order.
+
+    Raises:
+        UserError: the walkthrough has no cameras, or no depth of its photo.
+    """
+    if walkthrough.cameras is None:
+        raise UserError(
+            "Splats from measured depth need the cameras of the video; estimate them, or lift with Depth Anything 3."
+        )
+    if 0 not in walkthrough.depths:
+        raise UserError("The depth of this video's first frame is missing; generate the walkthrough again.")
+    last = len(walkthrough.frames) - 1
+    return sorted(i for i in walkthrough.depths if i % interval == 0 or i == last)
+
+
+def frames_to_lift(walkthrough: Walkthrough, chosen: Sequence[int]) -> list[LiftedFrame]:
+    """Some frames of a walkthrough, most trusted first."""
+    assert walkthrough.cameras is not None
+    images = {i: from_uint8(walkthrough.frames[i].cpu()) for i in chosen}
+    depths = {i: walkthrough.depths[i].cpu() for i in chosen}
+    return lifted_frames(images, depths, walkthrough.cameras.to(torch.device("cpu")))
 
 
 def lift(frames: Sequence[LiftedFrame], check: Callable[[int, int], None]) -> GaussianScene:
@@ -91,20 +142,32 @@ def lift(frames: Sequence[LiftedFrame], check: Callable[[int, int], None]) -> Ga
     """
     if not frames:
         raise ValueError("there are no frames to lift")
-    ground = torch.cat([f.depth[f.depth < 200].flatten()[::97] for f in frames])
-    sky_depth = SKY_DISTANCE * float(ground.quantile(0.9)) if len(ground) else 50.0
+    parts = []
+    for index, frame in enumerate(fused_frames(frames)):
+        parts.append(lift_frame(frame))
+        check(index + 1, len(frames))
+    return join_scenes(parts)
+
+
+def fused_frames(frames: Sequence[LiftedFrame]) -> Iterator[FusedFrame]:
+    """Frames with what each shows that no earlier one does; the sky is put at a distance of the scene's size."""
+    sky_depth = sky_distance([frame.depth for frame in frames])
     surfaces: list[Surface] = []
-    parts: list[GaussianScene] = []
-    for index, frame in enumerate(frames):
+    for frame in frames:
         # NaN and what is not in front of the camera say nothing; infinity is as far as the sky.
         known = frame.depth > 0
         depth = torch.where(known, frame.depth, sky_depth).clamp(max=sky_depth)
         fresh = new_pixels(surfaces, depth, frame) & known
-        parts.append(lift_frame(frame, depth, fresh))
         # Unknown pixels tear the surface, or they would hide what later frames know there.
-        surfaces.append(make_surface(torch.where(known, depth, -1.0), frame.w2c, frame.intrinsics))
-        check(index + 1, len(frames))
-    return join_scenes(parts)
+        surface = make_surface(torch.where(known, depth, -1.0), frame.w2c, frame.intrinsics)
+        surfaces.append(surface)
+        yield FusedFrame(frame.image, depth, frame.w2c, frame.intrinsics, fresh, surface)
+
+
+def sky_distance(depths: Sequence[Float[Tensor, "h w"]]) -> float:
+    """Where the sky of a scene is put, from the depth of all its frames."""
+    ground = torch.cat([depth[depth < FARTHEST].flatten()[::97] for depth in depths])
+    return SKY_DISTANCE * float(ground.quantile(0.9)) if len(ground) else 50.0
 
 
 def new_pixels(surfaces: Sequence[Surface], depth: Float[Tensor, "h w"], frame: LiftedFrame) -> Bool[Tensor, "h w"]:
@@ -117,27 +180,43 @@ def new_pixels(surfaces: Sequence[Surface], depth: Float[Tensor, "h w"], frame: 
     return ~covered
 
 
-def lift_frame(frame: LiftedFrame, depth: Float[Tensor, "h w"], fresh: Bool[Tensor, "h w"]) -> GaussianScene:
+def lift_frame(frame: FusedFrame) -> GaussianScene:
     """Discs of the pixel blocks of which at least half is fresh."""
-    height, width = (size // BLOCK * BLOCK for size in depth.shape)
-    centre = depth[:height, :width]
-    block_depth = 1 / F.avg_pool2d(1 / centre[None, None].clamp(min=1e-6), BLOCK)[0, 0]
-    scale = torch.tensor([1 / BLOCK, 1 / BLOCK, 1.0])
-    intrinsics = frame.intrinsics * scale[:, None]
-    # The centre of a block of pixels 0 and 1 is at 0.5, which is 0 on the block's grid.
-    intrinsics[:2, 2] -= (BLOCK - 1) / (2 * BLOCK)
-    points = unproject(block_depth, frame.w2c, intrinsics)
-    colours = F.avg_pool2d(frame.image[None, :, :height, :width], BLOCK)[0]
-    keep = F.avg_pool2d(fresh[None, None, :height, :width].float(), BLOCK)[0, 0] >= 0.5
-    rotation, scales = footprints(points, block_depth, float(intrinsics[0, 0]))
-    count = int(keep.sum())
+    blocks = pixel_blocks(frame)
+    keep = blocks.keep
     return GaussianScene(
-        means=points[keep],
-        quats=matrix_to_quaternion(rotation[keep]),
-        scales=scales[keep],
-        opacities=torch.full((count,), OPACITY),
-        sh=((colours.movedim(0, -1)[keep] * 0.5) / SH_C0)[:, None],
+        means=blocks.points[keep],
+        quats=matrix_to_quaternion(blocks.rotation[keep]),
+        scales=blocks.scales[keep],
+        opacities=torch.full((int(keep.sum()),), OPACITY),
+        sh=((blocks.colours[keep] * 0.5) / SH_C0)[:, None],
     )
+
+
+def pixel_blocks(frame: FusedFrame) -> PixelBlocks:
+    """The disc of every pixel block of a frame."""
+    height, width = (size // BLOCK * BLOCK for size in frame.depth.shape)
+    depth = 1 / F.avg_pool2d(1 / frame.depth[None, None, :height, :width].clamp(min=1e-6), BLOCK)[0, 0]
+    intrinsics = block_intrinsics(frame.intrinsics)
+    points = unproject(depth, frame.w2c, intrinsics)
+    rotation, scales = footprints(points, depth, float(intrinsics[0, 0]))
+    return PixelBlocks(
+        depth=depth,
+        intrinsics=intrinsics,
+        points=points,
+        rotation=rotation,
+        scales=scales,
+        colours=F.avg_pool2d(frame.image[None, :, :height, :width], BLOCK)[0].movedim(0, -1),
+        keep=F.avg_pool2d(frame.fresh[None, None, :height, :width].float(), BLOCK)[0, 0] >= 0.5,
+    )
+
+
+def block_intrinsics(intrinsics: Float[Tensor, "3 3"]) -> Float[Tensor, "3 3"]:
+    """Pinhole matrix of the grid of pixel blocks, their centres at integers."""
+    grid = intrinsics * torch.tensor([1 / BLOCK, 1 / BLOCK, 1.0])[:, None]
+    # The centre of a block of pixels 0 and 1 is at 0.5, which is 0 on the block's grid.
+    grid[:2, 2] -= (BLOCK - 1) / (2 * BLOCK)
+    return grid
 
 
 def footprints(

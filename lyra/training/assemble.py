@@ -16,6 +16,7 @@ import tyro
 
 from lyra.depth.tiny import TinyDepthModel
 from lyra.models.autoencoder import TinyCausalAutoencoder
+from lyra.models.gaussian_head import TinyGaussianHead
 from lyra.models.refiner import SeamRefiner
 from lyra.models.text import HashedTextEncoder
 from lyra.models.transformer import Lyra2Transformer3DModel
@@ -30,28 +31,32 @@ PART_CLASSES: dict[str, type[torch.nn.Module]] = {
     "transformer": Lyra2Transformer3DModel,
     "text_encoder": HashedTextEncoder,
     "refiner": SeamRefiner,
+    "gaussian_head": TinyGaussianHead,
 }
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """Where the trained parts are, each a folder that `save_pretrained` wrote."""
+    """Where the trained parts are, each a folder that `save_pretrained` wrote; the model keeps what is not named."""
 
     out: Path
-    depth: Path
-    autoencoder: Path
-    transformer: Path
-    text_encoder: Path
-    refiner: Path
+    depth: Path | None = None
+    autoencoder: Path | None = None
+    transformer: Path | None = None
+    text_encoder: Path | None = None
+    refiner: Path | None = None
+    gaussian_head: Path | None = None
 
 
 def main(settings: Assembly) -> None:
-    """Convert all parts to half precision and write the model folder; its model card is kept."""
+    """Convert the parts to half precision and write them to the model folder; its model card is kept."""
     settings.out.mkdir(parents=True, exist_ok=True)
     for name, part in PART_CLASSES.items():
-        target = settings.out / name
+        trained, target = getattr(settings, name), settings.out / name
+        if trained is None:
+            continue
+        model = part.from_pretrained(trained).half()  # type: ignore[attr-defined]
         shutil.rmtree(target, ignore_errors=True)
-        model = part.from_pretrained(getattr(settings, name)).half()  # type: ignore[attr-defined]
         model.save_pretrained(target, max_shard_size=LARGEST_SHARD)
         forget_origin(target / "config.json")
     text = json.dumps(dataclasses.asdict(TINY_SETTINGS), indent=2) + "\n"

@@ -73,9 +73,18 @@ def render_stills(folder: Path, count: int, height: int, width: int, first_seed:
 
 
 def render_walks(
-    folder: Path, count: int, frames: int, height: int, width: int, first_seed: int = 0, minutes: float = 1e9
+    folder: Path,
+    count: int,
+    frames: int,
+    height: int,
+    width: int,
+    first_seed: int = 0,
+    minutes: float = 1e9,
+    *,
+    every: int = 1,
+    supersample: int = 1,
 ) -> None:
-    """Render camera walks, one world each, one file each."""
+    """Render every n-th frame of camera walks, one world each, one file each."""
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     for number in range(first_seed, first_seed + count):
@@ -85,16 +94,18 @@ def render_walks(
         if time.perf_counter() - started > minutes * 60:
             return
         family = TRAINING_FAMILIES[number % len(TRAINING_FAMILIES)]
-        save_walk(path, family, number, frames, height, width)
+        save_walk(path, family, number, frames, height, width, every=every, supersample=supersample)
 
 
-def save_walk(path: Path, family: str, seed: int, frames: int, height: int, width: int) -> None:
-    """Render one walk of a world to a file."""
+def save_walk(
+    path: Path, family: str, seed: int, frames: int, height: int, width: int, *, every: int = 1, supersample: int = 1
+) -> None:
+    """Render every n-th frame of one walk of a world to a file."""
     rng = np.random.default_rng(seed + 7)
     world = build_world(family, seed)
     intrinsics = world.random_intrinsics(rng, height, width)
-    w2c = world.random_walk(rng, frames)
-    views = [world.render(pose, intrinsics, height, width, supersample=1) for pose in w2c]
+    w2c = world.random_walk(rng, frames)[::every]
+    views = [world.render(pose, intrinsics, height, width, supersample=supersample) for pose in w2c]
     tensors = {
         "rgb": np.stack([view.rgb for view in views]),
         "depth": np.stack([view.depth for view in views]).astype(np.float16),
@@ -135,19 +146,23 @@ class Rendering:
     """What to render."""
 
     out: Path
-    """Gets the folders stills/ and walks/."""
+    """Gets the folders stills/, walks/ and posed/."""
     stills: int = 4160
     """Single views, 144 x 256 pixels."""
     walks: int = 73
     """Walks of 161 frames, 128 x 224 pixels."""
+    posed: int = 800
+    """Walks of 41 frames of which every fourth is rendered, 128 x 224 pixels with four rays each, for Gaussians."""
     minutes: float = 1e9
     """Stop after so many minutes of each; a later run goes on."""
 
 
 def main(settings: Rendering) -> None:
-    """Render both."""
+    """Render all three."""
     render_stills(settings.out / "stills", settings.stills, 144, 256, minutes=settings.minutes)
     render_walks(settings.out / "walks", settings.walks, 161, 128, 224, minutes=settings.minutes)
+    posed = settings.out / "posed"
+    render_walks(posed, settings.posed, 41, 128, 224, minutes=settings.minutes, every=4, supersample=2)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,10 @@ class DepthTraining:
     """Folder of stills-*.safetensors."""
     out: Path
     """Folder of the run: state, metrics and the exported model."""
+    start: Path | None = None
+    """A trained depth network to go on from."""
     minutes: float = 30.0
+    learning_rate: float = 8e-4
     batch: int = 12
     threads: int = 1
     small: tuple[int, int] = (96, 160)
@@ -153,8 +156,10 @@ def main(settings: DepthTraining) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
-    model = TinyDepthModel().to(memory_format=torch.channels_last)
-    loop = TrainingLoop(model, settings.out, LoopSettings(minutes=settings.minutes, learning_rate=8e-4))
+    start = settings.start
+    model = TinyDepthModel() if start is None else TinyDepthModel.from_pretrained(start).float().train()
+    model = model.to(memory_format=torch.channels_last)
+    loop = TrainingLoop(model, settings.out, LoopSettings(settings.minutes, settings.learning_rate))
     stills = Stills(settings.data, settings.seed + loop.step)
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
