@@ -22,6 +22,7 @@ OPTIONAL = {
     "spaces": "ZeroGPU of a Hugging Face Space",
 }
 """Packages that are used only where they are, and what for."""
+PACKAGING = ("pip", "setuptools", "_distutils_hack")
 
 
 def required() -> set[str]:
