@@ -50,7 +50,7 @@ MEASURED = 8
 """Every n-th frame has depth and is lifted, as in a world that was generated."""
 TESTED = tuple(range(4, FRAMES, 16))
 """Frames that are compared, halfway between two that are lifted; none has depth."""
-SAMPLES = 100_000
+SAMPLES = 20_000
 """Points of the true and of the made surface that are compared."""
 FARTHEST = 0.25
 """Distances between surfaces are counted up to this share of the median depth."""

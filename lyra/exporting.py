@@ -23,7 +23,7 @@ from lyra.export.splat import write_splat
 from lyra.export.spz import write_spz
 from lyra.export.usd import write_usd
 from lyra.generation.chunk_store import writing_to
-from lyra.lifting import WalkableGround, provenance, read_scene, read_surface
+from lyra.lifting import WalkableGround, provenance, read_posed, read_scene, read_surface
 from lyra.progress import Progress
 from lyra.types import GaussianScene, TriangleMesh
 from lyra.world import World
@@ -51,7 +51,9 @@ class WorldParts:
     @cached_property
     def frames(self) -> PosedFrames:
         """All frames with their cameras and measured depth."""
-        return PosedFrames(self.world.video, self.world.cameras, self.world.depth)
+        walkthrough = read_posed(self.world)
+        assert walkthrough.cameras is not None
+        return PosedFrames(walkthrough.frames, walkthrough.cameras, dict(walkthrough.depths))
 
 
 @dataclass(frozen=True)

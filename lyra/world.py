@@ -1,13 +1,15 @@
 """The world folder: everything a run makes, readable without this project (DESIGN.md section 4).
 
 Reads and writes the folder's files; knows no model. A finished walkthrough has photo.png, walkthrough.mp4, cameras.npz,
-depth.safetensors and run.json; lifting adds scene.ply.
+depth.safetensors and run.json; lifting adds scene.ply. A folder with nothing but a walkthrough.mp4 is a world too:
+lifting estimates the rest.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ from typing import Any
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lyra.errors import UserError
-from lyra.export.video import read_video
+from lyra.export.files import replacing_path
+from lyra.export.video import VideoFrames, read_video
 from lyra.generation.chunk_store import ChunkStore, writing_to
 from lyra.trajectory.files import read_trajectory, write_trajectory
 from lyra.types import Cameras
@@ -36,17 +40,16 @@ class World:
         """An existing world.
 
         Raises:
-            UserError: the folder holds no finished walkthrough.
+            UserError: the folder holds no walkthrough.
         """
         world = cls(folder)
         if not folder.is_dir():
             raise UserError(
                 f"There is no folder {folder}; make a world with `python -m lyra generate PHOTO --out {folder}`."
             )
-        missing = [p.name for p in (world.video_path, world.cameras_path, world.depth_path) if not p.exists()]
-        if missing:
+        if not world.video_path.exists():
             raise UserError(
-                f"{folder} holds no finished walkthrough ({', '.join(missing)} missing); "
+                f"{folder} holds no finished walkthrough ({world.video_path.name} missing); "
                 f"run `python -m lyra generate PHOTO --out {folder}` first."
             )
         return world
@@ -68,7 +71,7 @@ class World:
 
     @property
     def depth_path(self) -> Path:
-        """Depth of every fourth frame."""
+        """Depth of some frames."""
         return self.folder / "depth.safetensors"
 
     @property
@@ -120,19 +123,54 @@ class World:
 
     @property
     def video(self) -> UInt8[Tensor, "t 3 h w"]:
-        """All frames of the walkthrough."""
+        """All frames of the walkthrough, decoded.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
         return read_video(self.video_path)
 
     @property
+    def frames(self) -> VideoFrames:
+        """The frames of the walkthrough, each decoded when it is asked for.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        return VideoFrames.open(self.video_path)
+
+    @property
     def cameras(self) -> Cameras:
-        """Cameras of all frames."""
+        """Cameras of all frames.
+
+        Raises:
+            UserError: they are not known yet, or the file is damaged.
+        """
+        if not self.cameras_path.exists():
+            raise UserError(
+                f"{self.folder} has no cameras; run `python -m lyra reconstruct {self.folder}`, which estimates them."
+            )
         return read_trajectory(self.cameras_path)
 
     @property
     def depth(self) -> dict[int, Float[Tensor, "h w"]]:
-        """Measured depth by frame number, in the units of the photo's depth."""
-        tensors = load_file(self.depth_path)
-        return {int(i): tensors["depth"][k].float() for k, i in enumerate(tensors["frame_ids"])}
+        """Measured depth by frame number, in the units of the photo's depth; empty where nothing is measured.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        if not self.depth_path.exists():
+            return {}
+        try:
+            tensors = load_file(self.depth_path)
+            maps, ids = tensors["depth"].float(), tensors["frame_ids"].tolist()
+            if maps.ndim != 3 or len(maps) != len(ids):
+                raise ValueError(f"maps of shape {tuple(maps.shape)} for {len(ids)} frames")
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self.depth_path} cannot be read ({error}); restore it, or delete it to have depth estimated."
+            ) from error
+        return {int(frame): depth for frame, depth in zip(ids, maps, strict=True)}
 
     @property
     def run(self) -> dict[str, Any]:
@@ -153,9 +191,8 @@ class World:
         """
         with writing_to(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / ".run.json.tmp"
-            temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-            temporary.replace(self.folder / "run.json")
+            with replacing_path(self.folder / "run.json") as temporary:
+                temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     def write_photo(self, photo: UInt8[Tensor, "3 h w"]) -> None:
         """Save the photo.
@@ -173,13 +210,28 @@ class World:
         Raises:
             UserError: the disk is full or cannot be written.
         """
-        with writing_to(self.folder):
-            write_trajectory(self.cameras_path, cameras)
-            ids = sorted(depths)
-            tensors = {
-                "frame_ids": torch.tensor(ids),
-                "depth": torch.stack([depths[i] for i in ids]).to("cpu", torch.float32).contiguous(),
-            }
-            temporary = self.folder / ".depth.tmp"
+        self.write_cameras(cameras)
+        self.write_depth(depths)
+
+    def write_cameras(self, cameras: Cameras) -> None:
+        """Save the cameras of all frames.
+
+        Raises:
+            UserError: the disk is full or cannot be written.
+        """
+        with writing_to(self.folder), replacing_path(self.cameras_path) as temporary:
+            write_trajectory(temporary, cameras)
+
+    def write_depth(self, depths: Mapping[int, Float[Tensor, "h w"]]) -> None:
+        """Save measured depth, maps of one size by frame number.
+
+        Raises:
+            UserError: the disk is full or cannot be written.
+        """
+        ids = sorted(depths)
+        tensors = {
+            "frame_ids": torch.tensor(ids),
+            "depth": torch.stack([depths[i] for i in ids]).to("cpu", torch.float32).contiguous(),
+        }
+        with writing_to(self.folder), replacing_path(self.depth_path) as temporary:
             save_file(tensors, temporary)
-            temporary.replace(self.depth_path)

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lyra.errors import UserError
+from lyra.export.files import one_line, replacing_folder
 from lyra.export.frames import (
     MAX_POINTS,
     ColouredPoints,
     PosedFrames,
     coloured_points,
     frame_name,
-    replacing_folder,
     require_frames,
     write_images,
 )
@@ -182,7 +182,7 @@ def _write_text(
     folder: Path, cameras: list[_Camera], images: list[_Image], points: ColouredPoints, provenance: str
 ) -> None:
     """The text form; each file may begin with comments."""
-    note = f"# {' '.join(provenance.split())}\n" if provenance else ""
+    note = f"# {one_line(provenance)}\n" if provenance else ""
     lines = [
         f"{number + 1} PINHOLE {camera.width} {camera.height} {' '.join(map(repr, camera.parameters))}\n"
         for number, camera in enumerate(cameras)

@@ -2,18 +2,15 @@
 
 A folder with `images/*.png`, `cameras.npz` (the released trajectory format), `depth.npz` (exact), `depth/*.png` (16
 bits) and `dataset.json`, which says what the numbers mean. What other data-set formats share is here too: the frames
-themselves, coloured points from their depth, and a folder that appears only when it is complete. Knows no scene.
+themselves and coloured points from their depth. Knows no scene.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import zipfile
-from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from lyra.errors import UserError
+from lyra.export.files import replacing_folder
+from lyra.export.video import Frames
 from lyra.geometry.cameras import unproject
 from lyra.trajectory.files import read_trajectory, write_trajectory
 from lyra.types import Cameras
@@ -37,6 +36,8 @@ SMALLEST_DEPTH_STEP = 0.001
 """Step of the depth pictures in scene units (a millimetre if the unit is a metre); a multiple where depth is large."""
 SATURATED = 65535
 """Count in a depth picture for depth beyond its range, and for sky."""
+_WRITTEN_AT_ONCE = 32
+"""Pictures that are in memory while they are written."""
 _MEMBERS = frozenset({"images", "depth", "cameras.npz", "depth.npz", "dataset.json"})
 
 
@@ -44,7 +45,8 @@ _MEMBERS = frozenset({"images", "depth", "cameras.npz", "depth.npz", "dataset.js
 class PosedFrames:
     """Pictures with their cameras and, of some of them, depth."""
 
-    frames: UInt8[Tensor, "t 3 h w"]
+    frames: Frames
+    """RGB bytes (t, 3, h, w)."""
     cameras: Cameras
     """One for each frame, for its size."""
     depths: dict[int, Float[Tensor, "h2 w2"]]
@@ -152,17 +154,20 @@ def frame_name(index: int) -> str:
     return f"frame_{index:06d}"
 
 
-def write_images(folder: Path, frames: UInt8[Tensor, "t 3 h w"]) -> None:
+def write_images(folder: Path, frames: Frames) -> None:
     """Write all frames as PNG into a new folder, several at a time."""
     folder.mkdir(parents=True)
 
-    def write(index: int) -> None:
-        picture = Image.fromarray(frames[index].movedim(0, -1).cpu().numpy())
+    def write(index: int, frame: UInt8[Tensor, "3 h w"]) -> None:
+        picture = Image.fromarray(frame.movedim(0, -1).cpu().numpy())
         # Level 1 takes a third of the time of the usual 6 and makes files a tenth larger.
         picture.save(folder / f"{frame_name(index)}.png", compress_level=1)
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(write, range(len(frames))))
+        for first in range(0, len(frames), _WRITTEN_AT_ONCE):
+            ids = range(first, min(first + _WRITTEN_AT_ONCE, len(frames)))
+            # Frames of a video are read in order, and not all before the first is written.
+            list(pool.map(write, ids, [frames[index] for index in ids]))
 
 
 def read_image(path: Path) -> UInt8[Tensor, "3 h w"]:
@@ -186,29 +191,6 @@ def require_frames(folder: Path, posed: PosedFrames) -> None:
             f"The walkthrough for {folder} has {len(posed)} frames of {height}x{width} but {cameras[0]} cameras for "
             f"{cameras[1]}x{cameras[2]}; give one camera for each frame, resized to it."
         )
-
-
-@contextmanager
-def replacing_folder(folder: Path, members: Collection[str]) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when the block ends and is removed when it fails.
-
-    Raises:
-        UserError: `folder` holds something that is not among the `members` of such a folder, which would be lost.
-    """
-    others = sorted(path.name for path in folder.iterdir() if path.name not in members) if folder.is_dir() else []
-    if others or folder.is_file():
-        what = f"holds {others[0]}" if others else "is a file"
-        raise UserError(f"{folder} {what}, which an export would replace; choose a new folder.")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _description(posed: PosedFrames, ids: list[int], step: float, provenance: str) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from lyra import __version__
 from lyra.errors import UserError
-from lyra.export.ply import NEAREST_TO_CERTAIN, replacing, require_gaussians
+from lyra.export.files import replacing, require_faces, require_gaussians
+from lyra.export.ply import NEAREST_TO_CERTAIN
 from lyra.export.splat import SH_C0
 from lyra.export.spz import turned_about_x
 from lyra.types import GaussianScene, TriangleMesh
@@ -56,8 +57,7 @@ def write_mesh_glb(path: Path, mesh: TriangleMesh, provenance: str = "") -> None
     Raises:
         UserError: the mesh has no faces, or is larger than a GLB can be (4 GiB).
     """
-    if len(mesh.faces) == 0:
-        raise UserError(f"There is nothing to write to {path.name}: the mesh has no faces.")
+    require_faces(path, mesh)
     file = _Glb()
     linear = srgb_to_linear(np.arange(256) / 255)
     colours = np.full((len(mesh.vertices), 4), 65535, np.uint16)

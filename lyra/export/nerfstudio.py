@@ -16,12 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lyra.errors import UserError
+from lyra.export.files import replacing_folder
 from lyra.export.frames import (
     MAX_POINTS,
     PosedFrames,
     coloured_points,
     frame_name,
-    replacing_folder,
     require_frames,
     write_images,
 )

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from lyra.errors import UserError
-from lyra.export.ply import replacing
+from lyra.export.files import one_line, replacing, require_faces
 from lyra.types import TriangleMesh
 
 _FLIP = np.array([1, -1, -1], np.float32)
@@ -35,14 +35,13 @@ def write_obj(path: Path, mesh: TriangleMesh, provenance: str = "", *, colours: 
     Raises:
         UserError: the mesh has no faces.
     """
-    if len(mesh.faces) == 0:
-        raise UserError(f"There is nothing to write to {path.name}: the mesh has no faces.")
+    require_faces(path, mesh)
     vertices = mesh.vertices.detach().cpu().float().numpy() * _FLIP
     line = "v %.6f %.6f %.6f\n"
     if colours:
         vertices = np.concatenate([vertices, mesh.colours.cpu().numpy() / np.float32(255)], axis=1)
         line = "v %.6f %.6f %.6f %.4f %.4f %.4f\n"
-    comments = [f"# {' '.join(provenance.split())}"] if provenance else []
+    comments = [f"# {one_line(provenance)}"] if provenance else []
     comments += ["# Axes: x right, y up, z towards the viewer."]
     with replacing(path) as file:
         file.write(("\n".join(comments) + "\n").encode())

@@ -2,16 +2,15 @@
 
 Gaussians are in the INRIA layout, which splat viewers and editors read: logit opacity, logarithmic scales, spherical
 harmonics channel by channel. World axes are the scene's own (OpenCV: y down), as that layout has them. Knows no other
-format, but `replacing` and `require_gaussians`, which other writers share, live here.
+format.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from plyfile import PlyData, PlyHeaderParseError, PlyParseError
 from torch import Tensor
 
 from lyra.errors import UserError
+from lyra.export.files import one_line, replacing, require_faces, require_gaussians
 from lyra.types import GaussianScene, TriangleMesh
 
 NEAREST_TO_CERTAIN = 1e-6
@@ -39,38 +39,6 @@ _AXES = ("x", "y", "z")
 _DC = ("f_dc_0", "f_dc_1", "f_dc_2")
 _SCALES = ("scale_0", "scale_1", "scale_2")
 _QUATERNION = ("rot_0", "rot_1", "rot_2", "rot_3")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file under a temporary name, renamed to `path` when the block ends and removed when it fails."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def require_gaussians(path: Path, scene: GaussianScene) -> GaussianScene:
-    """The scene on the CPU, without gradients.
-
-    Raises:
-        UserError: it has no Gaussians, or a number in it is not finite.
-    """
-    if len(scene) == 0:
-        raise UserError(f"There is nothing to write to {path.name}: the scene has no Gaussians; lift a world first.")
-    fields = {
-        name: getattr(scene, name).detach().cpu().float() for name in ("means", "quats", "scales", "opacities", "sh")
-    }
-    # A sum is not finite when a term is not, and takes a tenth of the time of a mask.
-    unfit = [name for name, value in fields.items() if not np.isfinite(value.numpy().sum(dtype=np.float64))]
-    if unfit:
-        raise UserError(
-            f"The scene for {path.name} has {', '.join(unfit)} that are not finite; drop such Gaussians before export."
-        )
-    return GaussianScene(**fields)
 
 
 def property_names(rest: int) -> list[str]:
@@ -154,8 +122,7 @@ def write_mesh_ply(path: Path, mesh: TriangleMesh, provenance: str = "") -> None
     Raises:
         UserError: the mesh has no faces.
     """
-    if len(mesh.faces) == 0:
-        raise UserError(f"There is nothing to write to {path.name}: the mesh has no faces.")
+    require_faces(path, mesh)
     vertices = np.empty(len(mesh.vertices), np.dtype([("xyz", "<f4", 3), ("rgb", "u1", 3)]))
     vertices["xyz"], vertices["rgb"] = mesh.vertices.detach().cpu().float().numpy(), mesh.colours.cpu().numpy()
     faces = np.empty(len(mesh.faces), np.dtype([("count", "u1"), ("corners", "<i4", 3)]))
@@ -168,9 +135,9 @@ def write_mesh_ply(path: Path, mesh: TriangleMesh, provenance: str = "") -> None
 
 
 def _header(comment: str, elements: Sequence[str]) -> bytes:
-    """A header; line breaks in the comment would end it, so all white space becomes single spaces."""
+    """A header, with the comment in one line."""
     lines = ["ply", "format binary_little_endian 1.0"]
-    lines += [f"comment {' '.join(comment.split())}"] if comment else []
+    lines += [f"comment {one_line(comment)}"] if comment else []
     return ("\n".join([*lines, *elements, "end_header"]) + "\n").encode("ascii", "replace")
 
 

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from lyra.errors import UserError
-from lyra.export.ply import NEAREST_TO_CERTAIN, replacing, require_gaussians
+from lyra.export.files import replacing, require_gaussians
+from lyra.export.ply import NEAREST_TO_CERTAIN
 from lyra.types import GaussianScene
 
 SH_C0 = 0.28209479177387814

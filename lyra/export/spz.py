@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lyra.errors import UserError
-from lyra.export.ply import NEAREST_TO_CERTAIN, SMALLEST_SCALE, replacing, require_gaussians
+from lyra.export.files import one_line, replacing, require_gaussians
+from lyra.export.ply import NEAREST_TO_CERTAIN, SMALLEST_SCALE
 from lyra.types import GaussianScene
 
 MAGIC = 0x5053474E
@@ -203,7 +204,7 @@ def _gzip(data: bytes, comment: str) -> bytes:
     last = [False] * (len(pieces) - 1) + [True]
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         deflated = list(pool.map(_deflate, pieces, last))
-    text = " ".join(comment.split()).encode("latin-1", "replace").replace(b"\0", b"")
+    text = one_line(comment).encode("latin-1", "replace").replace(b"\0", b"")
     flags = 16 if text else 0
     header = bytes([0x1F, 0x8B, 8, flags, 0, 0, 0, 0, 0, 255]) + (text + b"\0" if text else b"")
     return b"".join([header, *deflated, struct.pack("<II", zlib.crc32(data), len(data) & 0xFFFFFFFF)])

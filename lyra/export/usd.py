@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lyra.errors import UserError
-from lyra.export.ply import require_gaussians
+from lyra.export.files import require_gaussians
 from lyra.geometry.rotations import (
     axis_angle_to_matrix,
     canonical_quaternion,

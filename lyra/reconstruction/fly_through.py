@@ -6,16 +6,16 @@ nor how splats are drawn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import av
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lyra.errors import UserError
-from lyra.export.video import FRAMES_PER_SECOND, QUALITY_CRF
+from lyra.export.files import replacing_path
+from lyra.export.video import FRAMES_PER_SECOND, write_video
 from lyra.reconstruction.rasterizer import GaussianRenderer, choose_renderer
 from lyra.types import Cameras, GaussianScene
 
@@ -53,13 +53,9 @@ def write_fly_through(
     height, width = (size // 2 * 2 for size in (cameras.image_height, cameras.image_width))
     if min(height, width) < 2:
         raise UserError(f"An image of {cameras.image_height}x{cameras.image_width} is too small; make it larger.")
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    with replacing_path(path) as temporary:
         frames = film(choose_renderer(scene), cameras, height, width, background, check)
-        encode(temporary, frames, height, width, fps)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        write_video(temporary, frames, fps=fps)
 
 
 def film(
@@ -69,22 +65,9 @@ def film(
     width: int,
     background: Float[Tensor, "3"] | None,
     check: Callable[[int, int], None],
-) -> Iterable[UInt8[Tensor, "h w 3"]]:
+) -> Iterator[UInt8[Tensor, "3 h w"]]:
     """The frames, one at a time, each rendered when it is asked for."""
     for index in range(len(cameras)):
         view = renderer.render(cameras.w2c[index], cameras.intrinsics[index], height, width, background=background)
-        yield (view.colours * 255).round().to("cpu", torch.uint8).movedim(0, -1).contiguous()
+        yield (view.colours * 255).round().to("cpu", torch.uint8)
         check(index + 1, len(cameras))
-
-
-def encode(path: Path, frames: Iterable[UInt8[Tensor, "h w 3"]], height: int, width: int, fps: int) -> None:
-    """Encode frames as they come, as `lyra.export.video.write_video` does."""
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.options = {"crf": str(QUALITY_CRF), "preset": "fast", "bf": "0"}
-        for frame in frames:
-            for packet in stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode(None):
-            container.mux(packet)

@@ -7,16 +7,18 @@ no Gaussians and no file; `lyra.reconstruction.odometry_tracking` does the work.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lyra.errors import UserError
+from lyra.export.video import Frames
 from lyra.reconstruction.base import Check
+from lyra.reconstruction.odometry_graph import fill_gaps
 from lyra.reconstruction.odometry_images import FrameStore, usable_depth
 from lyra.reconstruction.odometry_tracking import Odometry
 from lyra.types import Cameras
@@ -42,7 +44,7 @@ class EstimatedCameras:
 
 
 def estimate_cameras(
-    frames: UInt8[Tensor, "t 3 h w"],
+    frames: Frames,
     depths: Mapping[int, Float[Tensor, "h2 w2"]],
     intrinsics: Float[Tensor, "*t 3 3"],
     *,
@@ -52,7 +54,7 @@ def estimate_cameras(
     """Estimate the cameras of a video.
 
     Args:
-        frames: RGB.
+        frames: RGB, (t, 3, h, w).
         depths: z depth by frame number, of any size; where it is NaN, infinite or not positive it says nothing.
         intrinsics: one pinhole matrix or one a frame, in pixels of the frames, pixel centres at integers.
         guess: roughly the cameras, for instance the commanded ones; they give the first pose and predict the others.
@@ -93,7 +95,7 @@ def estimate_cameras(
     )
 
 
-def usable_keyframes(frames: UInt8[Tensor, "t 3 h w"], depths: Mapping[int, Float[Tensor, "h2 w2"]]) -> list[int]:
+def usable_keyframes(frames: Frames, depths: Mapping[int, Float[Tensor, "h2 w2"]]) -> list[int]:
     """Frames whose depth says something, thinned out evenly where there are very many.
 
     Raises:
@@ -107,3 +109,16 @@ def usable_keyframes(frames: UInt8[Tensor, "t 3 h w"], depths: Mapping[int, Floa
     if len(ids) > MOST_KEYFRAMES:
         ids = [ids[round(place)] for place in np.linspace(0, len(ids) - 1, MOST_KEYFRAMES)]
     return ids
+
+
+def cameras_of_all(cameras: Cameras, ids: Sequence[int], count: int) -> Cameras:
+    """Cameras of all frames of a video from those of some: the missing ones lie between their neighbours."""
+    order = np.argsort(ids)
+    known = np.zeros(count, bool)
+    known[np.asarray(ids)] = True
+    w2c = np.tile(np.eye(4), (count, 1, 1))
+    w2c[known] = cameras.w2c.detach().double().cpu().numpy()[order]
+    filled = torch.from_numpy(fill_gaps(w2c, known, np.tile(np.eye(4), (count, 1, 1)))).float()
+    nearest = np.abs(np.arange(count)[:, None] - np.asarray(ids)).argmin(axis=1)
+    intrinsics = cameras.intrinsics.detach().cpu()[torch.from_numpy(nearest)]
+    return Cameras(filled, intrinsics, cameras.image_height, cameras.image_width)

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from lyra.export.video import Frames
 from lyra.geometry.cameras import pixel_grid
 
 LONGEST_SIDE = 416
@@ -84,7 +85,7 @@ class FrameStore:
 
     def __init__(
         self,
-        frames: UInt8[Tensor, "t 3 h w"],
+        frames: Frames,
         intrinsics: Float[Tensor, "t 3 3"],
         depths: Mapping[int, Float[Tensor, "h2 w2"]],
     ) -> None:

@@ -34,6 +34,8 @@ REVISIT_OVERLAP = 0.5
 """Least share of an older keyframe's points that must lie in a keyframe for the two to be aligned."""
 REVISIT_DISTANCE = 0.35
 """Most distance to it, as a share of its typical depth."""
+MOST_REVISITED = 24
+"""The nearest keyframes, of which the one that shows the most of a place is found."""
 DEPTH_ERROR = 0.01
 """Standard deviation of a measured translation as a share of itself, because depth maps are not exact."""
 FLOOR_SHIFT = 5e-4
@@ -197,17 +199,19 @@ class Odometry:
 
     def revisited(self, frame: int, older: Sequence[int]) -> list[int]:
         """The oldest keyframe that shows much of the same place from nearby, and the one that shows the most of it."""
-        shares: dict[int, float] = {}
-        centre = inverse(self.w2c[frame])[:3, 3]
-        for other in older:
-            distance = float(np.linalg.norm(inverse(self.w2c[other])[:3, 3] - centre))
-            if distance < REVISIT_DISTANCE * self.sketch(other).typical_depth:
-                share = self.overlap(other, frame)
-                if share >= REVISIT_OVERLAP:
-                    shares[other] = share
-        if not shares:
+        centre = centres_of(self.w2c[[frame]])[0]
+        distances = np.linalg.norm(centres_of(self.w2c[list(older)]) - centre, axis=1)
+        near = [
+            (float(distance), other)
+            for distance, other in zip(distances, older, strict=True)
+            if distance < REVISIT_DISTANCE * self.sketch(other).typical_depth
+        ]
+        oldest = next((other for _, other in near if self.overlap(other, frame) >= REVISIT_OVERLAP), None)
+        if oldest is None:
             return []
-        return sorted({min(shares), max(shares, key=lambda other: shares[other])})
+        shares = {other: self.overlap(other, frame) for _, other in sorted(near)[:MOST_REVISITED]}
+        best = max(sorted(shares), key=lambda other: shares[other])
+        return sorted({oldest, best if shares[best] >= REVISIT_OVERLAP else oldest})
 
     def sketch(self, frame: int) -> Sketch:
         """What is kept of a keyframe for good."""
@@ -255,3 +259,8 @@ def weighted_edge(source: int, target: int, alignment: Alignment, typical_depth:
     floor = np.diag([shift**2] * 3 + [FLOOR_TURN**2] * 3)
     covariance = np.linalg.inv(alignment.information) + floor
     return Edge(source, target, alignment.pose, np.linalg.inv(covariance))
+
+
+def centres_of(w2c: Float[np.ndarray, "n 4 4"]) -> Float[np.ndarray, "n 3"]:
+    """Camera centres."""
+    return -np.einsum("nji,nj->ni", w2c[:, :3, :3], w2c[:, :3, 3])

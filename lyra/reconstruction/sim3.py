@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lyra.geometry.rotations import matrix_to_quaternion, multiply_quaternions
 from lyra.models.depth_anything.alignment import Similarity, align_orientations, camera_centres, umeyama
+from lyra.models.depth_anything.alignment import mean_rotation as mean_rotation  # Callers find all fits here.
 from lyra.models.depth_anything.gaussian_adapter import first_band_turn, second_band_turn
 from lyra.types import Cameras, GaussianScene
 
@@ -112,23 +113,6 @@ def turned_harmonics(sh: Float[Tensor, "n k 3"], rotation: Float[Tensor, "3 3"])
     return torch.cat(bands, dim=1)
 
 
-def mean_rotation(source: Float[Tensor, "n 4 4"], target: Float[Tensor, "n 4 4"]) -> Float[Tensor, "3 3"]:
-    """The rotation of the world that turns source cameras into target cameras best (chordal mean), float64.
-
-    Needs one camera only and no movement.
-    """
-    own, wanted = (w2c[:, :3, :3].detach().double().cpu().transpose(1, 2) for w2c in (source, target))
-    return nearest_rotation((wanted @ own.transpose(1, 2)).sum(dim=0))
-
-
-def nearest_rotation(matrix: Float[Tensor, "3 3"]) -> Float[Tensor, "3 3"]:
-    """The rotation R with the largest trace of R^T M, from the singular value decomposition of M."""
-    u, _, v = torch.linalg.svd(matrix)
-    sign = torch.ones_like(matrix[0])
-    sign[2] = torch.sign(torch.linalg.det(u) * torch.linalg.det(v))
-    return u @ torch.diag(sign) @ v
-
-
 def weighted_umeyama(
     source: Float[Tensor, "n 3"],
     target: Float[Tensor, "n 3"],
@@ -146,18 +130,8 @@ def weighted_umeyama(
         ValueError: the source points coincide or move against the target points, so that no scale fits.
     """
     source, target, weights = (values.detach().double().cpu() for values in (source, target, weights))
-    share = (weights / weights.sum())[:, None]
-    source_mean, target_mean = (share * source).sum(dim=0), (share * target).sum(dim=0)
-    moved, aim = source - source_mean, target - target_mean
-    covariance = (share * aim).T @ moved
-    rotation = nearest_rotation(covariance) if rotation is None else rotation.double().cpu()
-    variance = float((share * moved.square()).sum())
-    if not variance > 0:
-        raise ValueError("points that coincide have no scale")
-    scale = float((covariance * rotation).sum()) / variance
-    if not scale > 0:
-        raise ValueError("the points move against each other, so no scale fits")
-    return Sim3(scale, rotation, target_mean - scale * rotation @ source_mean)
+    fit = umeyama(source, target, weights, None if rotation is None else rotation.double().cpu())
+    return growing(fit, "the points move against each other, so no scale fits")
 
 
 def align_cameras(
@@ -177,6 +151,15 @@ def align_cameras(
         fit = align_orientations(source, target)
     else:
         fit = umeyama(camera_centres(source), camera_centres(target))
+    return growing(fit, "the cameras move against each other, so no scale fits")
+
+
+def growing(fit: Similarity, otherwise: str) -> Sim3:
+    """A fit whose scale is positive.
+
+    Raises:
+        ValueError: it is not; says what is wrong `otherwise`.
+    """
     if not fit.scale > 0:
-        raise ValueError("the cameras move against each other, so no scale fits")
+        raise ValueError(otherwise)
     return Sim3.from_similarity(fit)

@@ -9,8 +9,6 @@ from plyfile import PlyData, PlyElement
 
 from lyra.errors import UserError
 from lyra.export.ply import read_splat_ply, write_mesh_ply, write_point_ply, write_splat_ply
-from lyra.export.video import join_videos, read_video, write_video
-from lyra.metrics.image import psnr_db
 from lyra.types import GaussianScene, TriangleMesh
 
 
@@ -164,34 +162,3 @@ def test_point_cloud_is_read_by_trimesh(tmp_path):
     cloud = trimesh.load(tmp_path / "points.ply")
     assert np.allclose(cloud.vertices, points.numpy(), atol=1e-6)
     assert np.array_equal(np.asarray(cloud.colors)[:, :3], colours.numpy())
-
-
-def moving_picture(frames: int, height: int = 96, width: int = 160) -> torch.Tensor:
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    pictures = [torch.stack([(x + 2 * t) % 256, (y * 2 + t) % 256, (x + y) % 256]) for t in range(frames)]
-    return torch.stack(pictures).to(torch.uint8)
-
-
-def test_video_keeps_frames_above_38_db(tmp_path):
-    frames = moving_picture(20)
-    write_video(tmp_path / "a.mp4", frames, "a comment")
-    again = read_video(tmp_path / "a.mp4")
-    assert again.shape == frames.shape
-    assert psnr_db(frames[0].float(), again[0].float(), 255) > 38
-
-
-def test_joined_videos_have_all_frames_in_order_and_bytes_do_not_change(tmp_path):
-    frames = moving_picture(30)
-    write_video(tmp_path / "a.mp4", frames[:17])
-    write_video(tmp_path / "b.mp4", frames[17:])
-    for name in ("one.mp4", "two.mp4"):
-        join_videos(tmp_path / name, [tmp_path / "a.mp4", tmp_path / "b.mp4"], "joined")
-    joined = read_video(tmp_path / "one.mp4")
-    parts = torch.cat([read_video(tmp_path / "a.mp4"), read_video(tmp_path / "b.mp4")])
-    assert torch.equal(joined, parts)
-    assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "two.mp4").read_bytes()
-
-
-def test_odd_sizes_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="must be even"):
-        write_video(tmp_path / "a.mp4", torch.zeros(1, 3, 95, 160, dtype=torch.uint8))

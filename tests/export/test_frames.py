@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from lyra.errors import UserError
-from lyra.export.frames import PosedFrames, coloured_points, read_frames, replacing_folder, write_frames
+from lyra.export.files import replacing_folder
+from lyra.export.frames import PosedFrames, coloured_points, read_frames, write_frames
 from lyra.geometry.rotations import axis_angle_to_matrix, world_to_camera
 from lyra.types import Cameras
 

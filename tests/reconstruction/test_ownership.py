@@ -1,19 +1,18 @@
-"""Frustum ownership: the compiled rule equals its obvious twin, and copies of a wall go to who was nearest."""
+"""Frustum ownership: the rule equals its obvious twin, and copies of a wall go to who was nearest and saw it."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lyra.geometry.rotations import axis_angle_to_matrix, world_to_camera
+from lyra.reconstruction.chunks import LiftedChunk
 from lyra.reconstruction.ownership import (
-    MAX_DIFF_SHARE,
     RELEASED_MAX_DIFF,
     frustum_distance,
-    median_distance,
     owned,
     owned_reference,
     prune_foreign,
+    seen_depth,
 )
 from lyra.reconstruction.sim3 import Sim3
 from lyra.types import Cameras, GaussianScene
@@ -50,9 +49,11 @@ def test_the_rule_equals_its_twin(seed, chunks, max_diff):
     draw = torch.Generator().manual_seed(seed)
     groups = [cameras(*(2 * torch.randn(2, 3, 3, generator=draw, dtype=torch.float64))) for _ in range(chunks)]
     means = 3 * torch.randn(25, 3, generator=draw, dtype=torch.float64)
+    grids = [4 * torch.rand(3, 5, 7, generator=draw, dtype=torch.float64) for _ in groups]
     for chunk in range(chunks):
-        fast = owned(means, chunk, groups, max_diff=max_diff, batch=7)
-        assert torch.equal(fast, owned_reference(means, chunk, groups, max_diff=max_diff))
+        for depths in (None, grids):
+            fast = owned(means, chunk, groups, depths=depths, max_diff=max_diff, batch=7)
+            assert torch.equal(fast, owned_reference(means, chunk, groups, depths=depths, max_diff=max_diff))
 
 
 def test_the_twin_knows_both_outcomes():
@@ -120,20 +121,71 @@ def test_pruning_leaves_one_copy_with_all_its_attributes():
     assert prune_foreign(parts[:1], groups[:1]) == parts[:1]
 
 
-def test_the_default_tolerance_grows_with_the_scene():
+def test_without_a_tolerance_only_the_nearest_keeps_its_copy_whatever_the_unit():
     parts, groups = [scene(WALL), scene(WALL)], walls_seen_from(5.0, 5.5)
-    # 0.2 of about 5 is the released metre.
-    assert MAX_DIFF_SHARE * median_distance(parts, groups) == pytest.approx(RELEASED_MAX_DIFF, rel=0.1)
+    assert [len(part) for part in prune_foreign(parts, groups, max_diff=RELEASED_MAX_DIFF)] == [3, 3]
     for scale in (0.01, 1.0, 100.0):
         sim3 = Sim3(scale, torch.eye(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
         moved = [sim3.apply_to_scene(part) for part in parts]
         views = [sim3.apply_to_cameras(group) for group in groups]
-        assert [len(part) for part in prune_foreign(moved, views)] == [3, 3]
-    larger = [sim3.apply_to_scene(part) for part in parts]
-    assert [len(part) for part in prune_foreign(larger, views, max_diff=RELEASED_MAX_DIFF)] == [3, 0]
+        assert [len(part) for part in prune_foreign(moved, views)] == [3, 0]
+
+
+def lifted(group, depth, rows=24, columns=32):
+    """A chunk whose views have a Gaussian at each pixel, so far away."""
+    y, x = torch.meshgrid(torch.arange(rows).double() + 0.5, torch.arange(columns).double() + 0.5, indexing="ij")
+    depth = torch.as_tensor(depth, dtype=torch.float64).expand(len(group), rows, columns)
+    rays = torch.stack([(x - 16) / 20, (y - 12) / 20, torch.ones_like(x)], dim=-1)
+    local = (rays * depth[..., None]).flatten(1, 2)
+    c2w = group.c2w
+    means = (local @ c2w[:, :3, :3].transpose(1, 2) + c2w[:, None, :3, 3]).flatten(0, 1)
+    return LiftedChunk(tuple(range(len(group))), group, scene(means), (rows, columns))
+
+
+def test_a_chunk_behind_a_wall_owns_nothing_before_it():
+    # One stands 4 before a picture at z = 0, the other one nearer to it, but behind a wall at z = -1.
+    before, behind = cameras([[0.0, 0.0, -4.0]]), cameras([[0.0, 0.0, -2.0]])
+    picture, wall = lifted(before, 4.0), lifted(behind, 1.0)
+    parts, groups = [picture.scene, wall.scene], [before, behind]
+    depths = [seen_depth(picture), seen_depth(wall)]
+    blind, seeing = prune_foreign(parts, groups), prune_foreign(parts, groups, depths=depths)
+    assert len(blind[0]) < 0.8 * len(picture.scene)
+    assert len(seeing[0]) == len(picture.scene)
+    # Who looks through nothing owns what is there: the picture's copy is nearer, and the other one's goes.
+    near = lifted(behind, 2.0)
+    depths = [seen_depth(picture), seen_depth(near)]
+    again = prune_foreign([picture.scene, near.scene], groups, depths=depths)
+    assert len(again[1]) == len(near.scene) and len(again[0]) == len(blind[0])
+
+
+def test_a_view_sees_as_far_as_its_own_gaussians_but_for_stray_ones():
+    group = cameras([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    depth = torch.full((2, 7, 9), 3.0, dtype=torch.float64)
+    depth[0, 2, 4] = 0.5
+    depth[1, :, 5:] = 9.0
+    chunk = lifted(group, depth, 7, 9)
+    scales = chunk.scene.scales.clone()
+    scales[:18] = -1.0
+    chunk = LiftedChunk(
+        chunk.frame_ids,
+        chunk.cameras,
+        GaussianScene(chunk.scene.means, chunk.scene.quats, scales, chunk.scene.opacities, chunk.scene.sh),
+        chunk.grid,
+    )
+    seen = seen_depth(chunk)
+    assert seen.shape == (2, 7, 9)
+    # Two rows of the first view cannot be shown, so nothing is seen there.
+    assert torch.equal(seen[0, :2], torch.zeros(2, 9).double())
+    torch.testing.assert_close(seen[0, 2:], torch.full((5, 9), 3.0).double())
+    torch.testing.assert_close(seen[1, :, :4], torch.full((7, 4), 3.0).double())
+    torch.testing.assert_close(seen[1, :, 6:], torch.full((7, 3), 9.0).double())
 
 
 def test_chunks_without_gaussians_are_no_trouble():
     parts = [scene(torch.zeros(0, 3)), scene(WALL)]
-    assert [len(part) for part in prune_foreign(parts, walls_seen_from(2.0, 2.1))] == [0, 3]
+    groups = walls_seen_from(2.0, 2.1)
+    assert [len(part) for part in prune_foreign(parts, groups, max_diff=0.2)] == [0, 3]
+    # A chunk that holds nothing owns nothing, though its camera is nearer.
+    depths = [torch.zeros(2, 24, 32), torch.full((2, 24, 32), 9.0)]
+    assert [len(part) for part in prune_foreign(parts, groups, depths=depths)] == [0, 3]
     assert prune_foreign([scene(torch.zeros(0, 3))] * 2, walls_seen_from(2.0, 2.1))[1].means.shape == (0, 3)

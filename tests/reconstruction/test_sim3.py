@@ -7,12 +7,11 @@ from hypothesis import strategies as st
 
 from lyra.geometry.cameras import project
 from lyra.geometry.rotations import axis_angle_to_matrix, quaternion_to_matrix, rotation_angle, world_to_camera
-from lyra.models.depth_anything.alignment import camera_centres
+from lyra.models.depth_anything.alignment import camera_centres, nearest_rotation
 from lyra.reconstruction.sim3 import (
     Sim3,
     align_cameras,
     mean_rotation,
-    nearest_rotation,
     turned_harmonics,
     weighted_umeyama,
 )

@@ -48,25 +48,53 @@ def camera_centres(w2c: Float[Tensor, "n 4 4"]) -> Float[Tensor, "n 3"]:
     return -(w2c[:, :3, :3].transpose(1, 2) @ w2c[:, :3, 3:])[..., 0]
 
 
-def umeyama(source: Float[Tensor, "n 3"], target: Float[Tensor, "n 3"]) -> Similarity:
-    """The similarity with the least squared error from source points to target points (Umeyama 1991).
+def nearest_rotation(matrix: Float[Tensor, "3 3"]) -> Float[Tensor, "3 3"]:
+    """The rotation R with the largest trace of R^T M, from the singular value decomposition of M."""
+    u, _, v = torch.linalg.svd(matrix)
+    sign = torch.ones_like(matrix[0])
+    sign[2] = torch.sign(torch.linalg.det(u) * torch.linalg.det(v))
+    return u @ torch.diag(sign) @ v
+
+
+def mean_rotation(source: Float[Tensor, "n 4 4"], target: Float[Tensor, "n 4 4"]) -> Float[Tensor, "3 3"]:
+    """The rotation of the world that turns source cameras into target cameras (w2c) best (chordal mean), float64.
+
+    Needs one camera only and no movement.
+    """
+    own, wanted = (w2c[:, :3, :3].detach().double().cpu().transpose(1, 2) for w2c in (source, target))
+    return nearest_rotation((wanted @ own.transpose(1, 2)).sum(dim=0))
+
+
+def umeyama(
+    source: Float[Tensor, "n 3"],
+    target: Float[Tensor, "n 3"],
+    weights: Float[Tensor, "n"] | None = None,
+    rotation: Float[Tensor, "3 3"] | None = None,
+) -> Similarity:
+    """The similarity with the least weighted squared error from source points to target points (Umeyama 1991).
 
     On a straight line the roll about the line is arbitrary while scale and centres are exact; the released code shakes
     such points by 1e-6 instead, which makes the roll no better.
 
+    Args:
+        source, target: pairs of points.
+        weights: of the pairs, not negative; their sum does not matter. All weigh alike when there are none.
+        rotation: where it is known already; only scale and translation are fitted then, and the scale of points that
+            move against each other is not positive.
+
     Raises:
         ValueError: the source points coincide, so that any scale would do.
     """
-    source_mean, target_mean = source.mean(dim=0), target.mean(dim=0)
+    weights = torch.ones_like(source[:, 0]) if weights is None else weights
+    share = (weights / weights.sum())[:, None]
+    source_mean, target_mean = (share * source).sum(dim=0), (share * target).sum(dim=0)
     moved, aim = source - source_mean, target - target_mean
-    variance = moved.square().sum() / len(source)
+    variance = (share * moved.square()).sum()
     if not bool(variance > 0):
-        raise ValueError("cameras that do not move have no scale")
-    u, singular, v = torch.linalg.svd(aim.T @ moved / len(source))
-    sign = torch.ones_like(singular)
-    sign[2] = torch.sign(torch.linalg.det(u) * torch.linalg.det(v))
-    rotation = u @ torch.diag(sign) @ v
-    scale = (singular * sign).sum() / variance
+        raise ValueError("points that coincide, as those of cameras that do not move, have no scale")
+    covariance = (share * aim).T @ moved
+    rotation = nearest_rotation(covariance) if rotation is None else rotation
+    scale = (covariance * rotation).sum() / variance
     return Similarity(rotation, target_mean - scale * rotation @ source_mean, float(scale))
 
 
@@ -109,14 +137,4 @@ def align_orientations(source: Float[Tensor, "n 4 4"], target: Float[Tensor, "n 
     Raises:
         ValueError: the source centres coincide.
     """
-    from_rotation, to_rotation = (w2c[:, :3, :3].detach().double().cpu() for w2c in (source, target))
-    u, _, v = torch.linalg.svd((to_rotation.transpose(1, 2) @ from_rotation).sum(dim=0))
-    sign = torch.ones(3, dtype=torch.float64)
-    sign[2] = torch.sign(torch.linalg.det(u) * torch.linalg.det(v))
-    rotation = u @ torch.diag(sign) @ v
-    start, end = camera_centres(source), camera_centres(target)
-    moved, aim = (start - start.mean(dim=0)) @ rotation.T, end - end.mean(dim=0)
-    if not bool(moved.square().sum() > 0):
-        raise ValueError("cameras that do not move have no scale")
-    scale = (moved * aim).sum() / moved.square().sum()
-    return Similarity(rotation, end.mean(dim=0) - scale * rotation @ start.mean(dim=0), float(scale))
+    return umeyama(camera_centres(source), camera_centres(target), rotation=mean_rotation(source, target))
