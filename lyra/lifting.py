@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -60,6 +60,8 @@ SOLID = 0.5
 """Share of light that splats must stop for a pixel's rendered depth to count."""
 SKY_MARGIN = 4
 """Pixels around measured sky whose rendered depth is not used: splats reach over the border of what they show."""
+SEEN_THROUGH = 1.5
+"""A pixel that shows something this many times farther than was measured there looks through thin splats."""
 FUSED_PIXELS = 100_000_000
 """Pixels of the frames that are fused, at 8 bytes each: 250 frames of 480x832."""
 DROP_PLACES = 40
@@ -137,8 +139,7 @@ def read_walkthrough(world: World) -> Walkthrough:
         )
     if cameras is not None and (cameras.image_height, cameras.image_width) != (height, width):
         cameras = cameras.resized(height, width)
-    # Whatever reads a walkthrough takes single frames of it, so those of a file will do.
-    return Walkthrough(cast(Tensor, frames), cameras, depths)
+    return Walkthrough(frames, cameras, depths)
 
 
 def read_posed(world: World) -> Walkthrough:
@@ -311,8 +312,10 @@ def rendered_frames(scene: GaussianScene, walkthrough: Walkthrough, progress: Pr
         view = renderer.render(w2c, intrinsics, height, width)
         solid = view.alpha > SOLID
         if index in measured:
-            sky = (enlarge_depth(measured[index], (height, width)) > FARTHEST).float()
+            seen = enlarge_depth(measured[index], (height, width))
+            sky = (seen > FARTHEST).float()
             solid &= F.max_pool2d(sky[None], 2 * SKY_MARGIN + 1, stride=1, padding=SKY_MARGIN)[0] == 0
+            solid &= ~(view.depth > SEEN_THROUGH * seen)
         views.append(RenderedView(view.depth, solid, video[index], w2c, intrinsics))
         progress.step(done + 1, len(ids))
     return RenderedFrames(views)

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
+from lyra.export.video import Frames
 from lyra.types import Cameras, GaussianScene
 
 Check = Callable[[int, int], None]
@@ -23,8 +24,8 @@ Check = Callable[[int, int], None]
 class Walkthrough:
     """Frames of a video and what is known of them."""
 
-    frames: UInt8[Tensor, "t 3 h w"]
-    """RGB."""
+    frames: Frames
+    """(t, 3, h, w) RGB bytes: a tensor, or those of a file, decoded when they are asked for."""
     cameras: Cameras | None = None
     """One camera a frame, pixel centres at integers; None where only the video is known."""
     depths: Mapping[int, Float[Tensor, "h2 w2"]] = field(default_factory=dict)

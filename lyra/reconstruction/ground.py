@@ -24,6 +24,8 @@ GROUND_COSINE = math.cos(math.radians(50))
 """Steeper surface is not ground."""
 STEP = 0.08
 """Ground may rise by this share of the eye height between neighbouring points, on top of that slope: a stair."""
+UNEVEN = 0.03
+"""Lower bumps than this share of the eye height are errors of depth, whose share is about as large."""
 HEADROOM = (0.12, 1.0)
 """Surface between these heights above the ground, in eye heights, is in the way."""
 WALKABLE_SLOPE = math.tan(math.radians(10))
@@ -332,11 +334,31 @@ def _ground_heights(
     seen = np.isfinite(heights) & grid.inside
     if not seen.any():
         return np.where(grid.inside, level, 0.0), seen
-    heights = np.where(seen, heights, heights[seen].mean())
+    # The value that was taken is at one end of what was found there; the mean of those near it is not.
+    away = samples.ground - heights.reshape(-1)[samples.cells]
+    close = np.abs(away) <= 2 * UNEVEN * eye
+    sums, counts = (np.bincount(samples.cells[close], w, heights.size) for w in (away[close], None))
+    heights = heights + (sums / np.maximum(counts, 1)).reshape(heights.shape)
+    heights = np.where(seen, _evened(np.where(seen, heights, np.nan), UNEVEN * eye), heights[seen].mean())
     continue_smoothly(heights, seen, grid.inside, 1e-5 * eye)
     under = grid.inside & ~seen & (grid.distance < 0.5 * eye)
     heights[under] = np.minimum(heights[under], (camera - 0.5 * eye)[under])
     return heights, seen
+
+
+def _evened(heights: Float[np.ndarray, "r c"], scale: float) -> Float[np.ndarray, "r c"]:
+    """Heights without bumps that are smaller than a scale and no wider than a few points; NaN is left out and stays.
+
+    A bilateral filter (Tomasi and Manduchi 1998), so that kerbs and stairs stay where they are.
+    """
+    for _ in range(3):
+        padded = np.pad(heights, 1, constant_values=np.nan)
+        rows, columns = heights.shape
+        near = np.stack([padded[r : r + rows, c : c + columns] for r in range(3) for c in range(3)])
+        weights = np.where(np.isfinite(near), np.exp(-(((near - heights) / scale) ** 2)), 0.0)
+        total = (weights * np.nan_to_num(near)).sum(0) / np.maximum(weights.sum(0), 1e-30)
+        heights = np.where(np.isfinite(heights), total, np.nan)
+    return heights
 
 
 def _grown(mask: Bool[np.ndarray, "r c"]) -> Bool[np.ndarray, "r c"]:
@@ -359,6 +381,12 @@ def _walkable(samples: _Samples, grid: _Grid, heights: Float[np.ndarray, "r c"],
         reached = _grown(reached) & free
     # The array ends where the ground does.
     border = _grown(_grown(np.pad(~grid.inside, 1, constant_values=True)))[1:-1, 1:-1]
-    rise = np.hypot(*np.gradient(heights, grid.cell))
+    rise = np.maximum(_steepest(heights), _steepest(heights.T).T) / grid.cell
     flat = reached & ~border & (rise <= WALKABLE_SLOPE)
     return flat if flat.any() else below_path
+
+
+def _steepest(heights: Float[np.ndarray, "r c"]) -> Float[np.ndarray, "r c"]:
+    """Larger difference to the two neighbours along the columns: on a crest, the mean of both would be none."""
+    steps = np.pad(np.abs(np.diff(heights, axis=0)), ((1, 1), (0, 0)))
+    return np.maximum(steps[:-1], steps[1:])

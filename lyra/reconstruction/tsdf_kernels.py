@@ -1,6 +1,6 @@
 """Compiled CPU kernels of the surface reconstruction: depth maps into a block-hashed distance field, and triangles.
 
-`lyra.reconstruction.tsdf`, `surface` and `collider` say what they mean and own every setting. Positions in the field
+`lyra.reconstruction.tsdf`, `surface` and `ground` say what they mean and own every setting. Positions in the field
 are relative to the centre of the space, so that its contraction needs no offset. A `view` is (5, 4): a pose, either
 way, and fx, fy, cx, cy below it.
 """

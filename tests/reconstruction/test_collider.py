@@ -200,6 +200,55 @@ def test_a_camera_that_rises_over_flat_ground_does_not_lift_it() -> None:
     np.testing.assert_allclose(collider.floor_height, 0.0, atol=0.01)
 
 
+def test_ground_that_was_seen_far_ahead_is_where_things_are_dropped() -> None:
+    # The last camera is at z = 2 and the margin ends at z = 6.
+    cameras, seen = walk(), floor((-4, 4), (6.5, 12), 0.1)
+    collider = make_collider(as_mesh(seen), cameras)
+    assert collider.ground.seen.any()
+    points = walkable(collider, 30, above=0.5)
+    assert (points[:, 0].abs() < 4).all() and (points[:, 2] > 6.5).all() and (points[:, 2] < 10.5).all()
+    # What lies between the path and there was looked over, so it is ground as well.
+    between = torch.stack([torch.zeros(20), torch.zeros(20), torch.linspace(2, 9, 20)], 1)
+    torch.testing.assert_close(collider.ground.height_at(between), torch.zeros(20), atol=0.01, rtol=0)
+
+
+def test_what_rolls_off_lands_on_the_rim() -> None:
+    cameras = walk()
+    collider = make_collider(as_mesh(floor((-4, 4), (-3, 8))), cameras)
+    points = over_the_walk(collider, cameras, 10 * collider.eye_height)
+    np.testing.assert_allclose(rays_down(collider.mesh, points, -collider.up.double().numpy()), 1.6, atol=0.01)
+
+
+def test_the_rim_goes_down_to_lower_ground_that_was_seen_and_covers_none() -> None:
+    # A balcony of eight metres above a yard.
+    balcony, yard = floor((-4, 4), (-3, 6)), floor((-20, 20), (7, 25))
+    yard.apply_translation([0, 8.0, 0])
+    cameras = walk()
+    up = torch.tensor([0.0, -1.0, 0.0])
+    collider = make_collider(as_mesh(trimesh.util.concatenate([balcony, yard])), cameras, up=up)
+    assert collider.eye_height == pytest.approx(1.6, abs=0.02)
+    x, z = (axis.reshape(-1) for axis in np.meshgrid(np.linspace(-8, 8, 9), np.linspace(11, 17, 7)))
+    distance = rays_down(collider.mesh, np.stack([x, np.full_like(x, -1.6), z], 1), np.array([0, 1.0, 0]))
+    np.testing.assert_allclose(distance, 9.6, atol=0.05)
+
+
+def test_errors_of_depth_are_evened_and_stairs_are_not() -> None:
+    draw = np.random.default_rng(0)
+    low, high = floor((-4, 4), (-3, 3), 0.1), floor((-4, 4), (3, 8), 0.1)
+    high.apply_translation([0, -0.16, 0])
+    riser = box((-4, -0.16, 3.0), (4, 0.0, 3.05))
+    shape = trimesh.util.concatenate([low, high, riser])
+    shape.vertices[:, 1] += draw.normal(0, 0.015, len(shape.vertices))
+    collider = make_collider(as_mesh(shape), walk(), up=torch.tensor([0.0, -1.0, 0.0]))
+    x, z = (torch.from_numpy(draw.uniform(*ends, 300)).float() for ends in ((-2, 2), (-1.5, 5.5)))
+    z = z[(z - 3).abs() > 0.4]
+    truth = torch.where(z < 3, 0.0, 0.16)
+    error = collider.ground.height_at(torch.stack([x[: len(z)], torch.zeros(len(z)), z], 1)) - truth
+    assert float(error.std()) < 0.005 and float(error.abs().max()) < 0.02
+    # Nobody is put on the edge of the step.
+    assert (walkable(collider, 100)[:, 2] - 3).abs().min() > 0.1
+
+
 def test_samples_are_seeded_apart_and_above_the_ground() -> None:
     collider = make_collider(as_mesh(floor((-4, 4), (-3, 8))), walk())
     points = walkable(collider)

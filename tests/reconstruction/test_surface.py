@@ -223,9 +223,9 @@ def test_decimation_keeps_the_budget_the_shape_and_the_colours(budget: int) -> N
 
 def test_even_a_tangle_keeps_the_budget() -> None:
     rng = np.random.default_rng(0)
-    mesh = as_mesh(rng.normal(size=(300, 3)), rng.integers(0, 300, (3000, 3)))
-    light = clean_surface(mesh, SurfaceSettings(max_faces=500))
-    assert len(light.faces) == 500 and torch.isfinite(light.vertices).all()
+    mesh = as_mesh(rng.normal(size=(120, 3)), rng.integers(0, 120, (1200, 3)))
+    light = clean_surface(mesh, SurfaceSettings(max_faces=300))
+    assert len(light.faces) == 300 and torch.isfinite(light.vertices).all()
 
 
 def test_a_field_without_a_surface_is_refused_in_a_sentence() -> None:
@@ -245,9 +245,8 @@ def test_a_procedural_world_is_accurate_and_complete_from_other_views() -> None:
     poses = world.random_walk(rng, 41)
     frames = []
     for pose in poses[::4]:
-        view = world.render(pose, k, *size)
-        image = torch.from_numpy(view.rgb).float().movedim(-1, 0) / 127.5 - 1
-        frames.append(DepthFrame(torch.from_numpy(view.depth), image, *(torch.tensor(a).float() for a in (pose, k))))
+        view, black = world.render(pose, k, *size, shading=False), torch.zeros(3, *size)
+        frames.append(DepthFrame(torch.from_numpy(view.depth), black, *(torch.tensor(a).float() for a in (pose, k))))
     mesh = extract_surface(fuse(frames))
     shape = as_trimesh(mesh)
     points = shape.triangles_center
