@@ -175,6 +175,7 @@ def walkable(stage: Usd.Stage, surface: Surface, count: int) -> Array:
     named = stage.GetDefaultPrim().GetCustomDataByKey("lyra:dropPoints") if stage.HasDefaultPrim() else None
     chosen: list[Array] = []
     for point in np.array(named or [], np.float64).reshape(-1, 3):
+        point[2] = np.nan_to_num(surface.height(point), nan=point[2])
         if is_apart(point, chosen):
             chosen.append(point)
     edges = surface.triangles[:, 1:] - surface.triangles[:, :1]
@@ -189,7 +190,7 @@ def walkable(stage: Usd.Stage, surface: Surface, count: int) -> Array:
             if not is_apart(point, chosen):
                 continue
             above = surface.heights(point[0], point[1]) - point[2]
-            covered = bool(((above > 0.05) & (above < HEADROOM)).any())
+            covered = ((above > 0.05) & (above < HEADROOM)).any()
             if not covered and roughness(surface, point, 3 * SIZE) < 4 * SIZE:
                 chosen.append(point)
     if not chosen:
@@ -198,8 +199,8 @@ def walkable(stage: Usd.Stage, surface: Surface, count: int) -> Array:
 
 
 def is_apart(point: Array, others: Sequence[Array]) -> bool:
-    """Whether a thing at a point touches none at other points, however it is turned."""
-    return all(np.linalg.norm(point[:2] - other[:2]) > 3 * SIZE for other in others)
+    """Whether things at a point and at other points are two widths from each other, so that none falls on one."""
+    return all(np.linalg.norm(point[:2] - other[:2]) > 4 * SIZE for other in others)
 
 
 def roughness(surface: Surface, place: Array, radius: float) -> float:
@@ -297,15 +298,14 @@ def underside(kind: str, pose: Array) -> Array:
     else:
         grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, 5)] * 3), -1).reshape(-1, 3)
         points = SIZE * grid[np.abs(grid).max(1) == 1]
-    rotation = np.array(Gf.Matrix3d(Gf.Quatd(pose[6], *pose[3:6]))).reshape(3, 3)
-    points = points @ rotation
+    points = points @ np.array(Gf.Matrix3d(Gf.Quatd(pose[6], *pose[3:6]))).reshape(3, 3)
     return points[points[:, 2] <= 0] + pose[:3]
 
 
 def judge(run: Run, surface: Surface) -> Report:
     """Who is at rest on the surface, and does the robot stand?"""
-    before = max(0, len(run.poses) - 1 - round(REST_SECONDS * FRAMES_PER_SECOND))
-    moved = np.linalg.norm(run.poses[before:, :, :3] - run.poses[-1, :, :3], axis=-1).max(0)
+    last = run.poses[-1 - round(REST_SECONDS * FRAMES_PER_SECOND) :, :, :3]
+    moved = np.linalg.norm(last - last[-1], axis=-1).max(0)
     gaps = [surface.gap(underside(kind, run.poses[-1, body])) for body, kind in enumerate(run.things)]
     resting = [bool(moved[body] < REST_MOTION and abs(gap) <= REST_GAP) for body, gap in enumerate(gaps)]
     if run.robot is None:

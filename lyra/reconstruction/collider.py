@@ -26,7 +26,7 @@ SHEET_SHARE = 0.45
 """Share of the triangles that the sheet may have."""
 MIN_VIEW = 0.05
 """Steradians that a surface must fill to say where up is: less is a window sill and no floor."""
-APART = 0.2
+APART = 0.25
 """Places to drop things are on seen ground as long as they are so many eye heights from each other."""
 
 
