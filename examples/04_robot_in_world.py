@@ -27,7 +27,7 @@ from lyra.errors import UserError
 from lyra.export.usd_layers import open_stage
 from lyra.export.video import FRAMES_PER_SECOND, write_video
 
-# Nothing is differentiated here, and nothing gains by deep inlining: kernels compile in a third of the time.
+# Nothing is differentiated here, and nothing gains by deep inlining: kernels compile in 40 % of the time.
 wp.config.enable_backward = False
 wp.config.cpu_compiler_flags = "-march=native"
 wp.config.log_level = wp.LOG_WARNING

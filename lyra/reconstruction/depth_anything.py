@@ -47,7 +47,7 @@ from lyra.reconstruction.chunks import (
     take,
 )
 from lyra.reconstruction.gaussians import join_scenes
-from lyra.reconstruction.ownership import prune_foreign
+from lyra.reconstruction.ownership import prune_foreign, seen_depth
 from lyra.reconstruction.sim3 import AlignmentRule, Sim3
 from lyra.types import Cameras, GaussianScene
 
@@ -179,13 +179,16 @@ class DepthAnythingReconstructor:
 
         parts: list[GaussianScene] = []
         cameras: list[Cameras] = []
+        depths: list[Tensor] = []
         frame_ids: list[int] = []
         for aligned in align_chunks(lifted(), plan.overlap, settings.alignment):
             parts.append(exported(aligned.chunk, settings))
             cameras.append(aligned.chunk.cameras)
+            depths.append(seen_depth(aligned.chunk))
             frame_ids += aligned.chunk.frame_ids
         check(len(plan.chunks), steps)
-        scene = join_scenes(prune_foreign(parts, cameras, max_diff=settings.max_diff, device=self.device))
+        owned = prune_foreign(parts, cameras, depths=depths, max_diff=settings.max_diff, device=self.device)
+        scene = join_scenes(owned)
         if not len(scene):
             raise UserError("No Gaussian of this video can be shown; check that its cameras belong to its frames.")
         check(steps, steps)
