@@ -39,8 +39,8 @@ def pixel_box(
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def tile_lists(
     centres: np.ndarray, conics: np.ndarray, opacities: np.ndarray, height: int, width: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Where each tile's list starts, one more than tiles, and the Gaussians of all lists, nearest first."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where each tile's list starts, one more than tiles, the Gaussians of all lists, nearest first, and all boxes."""
     rows, columns = (height + TILE - 1) // TILE, (width + TILE - 1) // TILE
     starts = np.zeros(rows * columns + 1, np.int64)
     boxes = np.empty((len(centres), 4), np.int32)
@@ -62,7 +62,7 @@ def tile_lists(
             for column in range(boxes[i, 0] // TILE, boxes[i, 2] // TILE + 1):
                 entries[ends[row * columns + column]] = i
                 ends[row * columns + column] += 1
-    return starts, entries
+    return starts, entries, boxes
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -73,6 +73,7 @@ def composite_forward(
     features: np.ndarray,
     starts: np.ndarray,
     entries: np.ndarray,
+    boxes: np.ndarray,
     height: int,
     width: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -86,7 +87,7 @@ def composite_forward(
         left, top = tile % columns * TILE, tile // columns * TILE
         for position in range(starts[tile], starts[tile + 1]):
             i = entries[position]
-            x0, y0, x1, y1 = pixel_box(centres, conics, opacities, i, height, width)
+            x0, y0, x1, y1 = boxes[i, 0], boxes[i, 1], boxes[i, 2], boxes[i, 3]
             a, b, c = conics[i, 0], conics[i, 1], conics[i, 2]
             for y in range(max(y0, top), min(y1, top + TILE - 1) + 1):
                 dy = np.float32(y + 0.5) - centres[i, 1]
@@ -117,6 +118,7 @@ def composite_backward(
     features: np.ndarray,
     starts: np.ndarray,
     entries: np.ndarray,
+    boxes: np.ndarray,
     transmittance: np.ndarray,
     last: np.ndarray,
     gradient: np.ndarray,
@@ -135,7 +137,7 @@ def composite_backward(
         left, top = tile % columns * TILE, tile // columns * TILE
         for position in range(starts[tile + 1] - 1, starts[tile] - 1, -1):
             i = entries[position]
-            x0, y0, x1, y1 = pixel_box(centres, conics, opacities, i, height, width)
+            x0, y0, x1, y1 = boxes[i, 0], boxes[i, 1], boxes[i, 2], boxes[i, 3]
             a, b, c = conics[i, 0], conics[i, 1], conics[i, 2]
             for y in range(max(y0, top), min(y1, top + TILE - 1) + 1):
                 dy = np.float32(y + 0.5) - centres[i, 1]

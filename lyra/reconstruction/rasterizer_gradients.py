@@ -34,9 +34,9 @@ class CompositeGaussians(torch.autograd.Function):
     ) -> Float[Tensor, "f h w"]:
         """Weighted sums of the features; a feature that is 1 everywhere gives alpha."""
         u, p, o, f = (x.detach().contiguous().numpy() for x in (centres, conics, opacities, features))
-        starts, entries = tile_lists(u, p, o, height, width)
-        image, transmittance, last = composite_forward(u, p, o, f, starts, entries, height, width)
-        ctx.kept = (u, p, o, f, starts, entries, transmittance, last)
+        starts, entries, boxes = tile_lists(u, p, o, height, width)
+        image, transmittance, last = composite_forward(u, p, o, f, starts, entries, boxes, height, width)
+        ctx.kept = (u, p, o, f, starts, entries, boxes, transmittance, last)
         return torch.from_numpy(image)
 
     @staticmethod
